@@ -1,0 +1,140 @@
+"""Latency of a folded LoRA against the bare base model, on each target."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from .harness import Case, Options, Peer, models
+
+LIMIT = 1.02
+TARGETS = ("torch", "aoti", "onnx")
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A base model and where its adapters go: a glob for fxfreeze, a regular expression for peft."""
+
+    name: str
+    model: nn.Module
+    at: str
+    modules: str
+    batch: int
+    rank: int = 8
+
+
+def cases(options: Options) -> Iterator[Case]:
+    vit = Subject(
+        "ViT-tiny", models.vit_tiny(options.seed), "blocks.*.attn.qkv", r"blocks\.\d+\.attn\.qkv", batch=1
+    )
+    resnet = Subject(
+        "ResNet-18", models.resnet("resnet18", options.seed), "layer*.*.conv*", r"layer.*conv\d", batch=1
+    )
+    for subject in [vit] if options.quick else [vit, resnet]:
+        for target in TARGETS:
+            yield folded_case(subject, target, options.seed)
+
+
+def folded_case(subject: Subject, target: str, seed: int) -> Case:
+    """The control is the base compiled again: as far as its ratio is from 1, this machine cannot resolve."""
+    adapted = Adapted(subject, seed)
+    peers = [
+        Peer("base", lambda: compiled(subject.model, subject, target)),
+        Peer("base again (control)", lambda: compiled(subject.model, subject, target)),
+        Peer("LoRA folded", lambda: adapted.compiled(target), reference=adapted.reference, limit=LIMIT),
+    ]
+    if target == "torch":
+        peft = Peft(subject, seed)
+        peers.append(Peer("peft, merged, torch.compile", peft.compiled, reference=peft.reference))
+    return Case(
+        name=f"{subject.name}, {target}",
+        peers=tuple(peers),
+        baseline="base",
+        reference=double(subject.model),
+        inputs=lambda generator: (torch.randn(subject.batch, 3, 224, 224, generator=generator),),
+        tolerance=1e-4,
+    )
+
+
+def compiled(model: nn.Module, subject: Subject, target: str) -> Callable[..., Any]:
+    import fxfreeze as fz
+
+    return fz.compile(model, fz.Plan(inputs=[image()], targets=[target]))
+
+
+def image() -> Any:
+    import fxfreeze as fz
+
+    return fz.Input("x", shape=("batch", 3, 224, 224))
+
+
+def double(model: nn.Module) -> Callable[[torch.Tensor], Any]:
+    return lambda x: copy.deepcopy(model).double()(x.double())
+
+
+def disturb(module: nn.Module, seed: int) -> None:
+    """Trained-looking adapters: a fresh LoRA is zero, and folding zero proves nothing."""
+    generator = torch.Generator().manual_seed(seed + 1)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            if parameter.requires_grad:
+                noise = torch.randn(parameter.shape, generator=generator)
+                parameter.copy_(noise / (10 * math.sqrt(parameter[0].numel())))
+
+
+class Adapted:
+    """The base with a random LoRA, through fxfreeze; the reference is the adapted module, before any fold."""
+
+    def __init__(self, subject: Subject, seed: int) -> None:
+        self.subject, self.seed = subject, seed
+
+    def plan(self, targets: tuple[str, ...]) -> Any:
+        import fxfreeze as fz
+
+        lora = fz.LoRA(at=self.subject.at, rank=self.subject.rank)
+        return fz.Plan(inputs=[image()], steps=[lora], targets=targets)
+
+    def net(self) -> nn.Module:
+        import fxfreeze as fz
+
+        net: nn.Module = fz.adapt(self.subject.model, self.plan(()))
+        disturb(net, self.seed)
+        return net
+
+    def reference(self, x: torch.Tensor) -> Any:
+        return self.net()(x)
+
+    def compiled(self, target: str) -> Callable[..., Any]:
+        import fxfreeze as fz
+
+        return fz.compile(self.net(), self.plan((target,)))
+
+
+class Peft:
+    """What a user does today: peft's LoRA of the same rank on the same layers, merged, torch.compile."""
+
+    def __init__(self, subject: Subject, seed: int) -> None:
+        self.subject, self.seed = subject, seed
+
+    def net(self) -> Any:
+        peft = models.need("peft")
+        config = peft.LoraConfig(
+            r=self.subject.rank, lora_alpha=self.subject.rank, target_modules=self.subject.modules
+        )
+        net = peft.get_peft_model(copy.deepcopy(self.subject.model), config)
+        disturb(net, self.seed)
+        return net.eval()
+
+    def reference(self, x: torch.Tensor) -> Any:
+        return double(self.net())(x)
+
+    def compiled(self) -> Callable[..., Any]:
+        merged = self.net().merge_and_unload().requires_grad_(False)
+        fast: Callable[..., Any] = torch.compile(merged, options={"freezing": True})
+        return fast

@@ -1,0 +1,15 @@
+"""What a benchmark file needs: cases, peers, metrics, readings."""
+
+from .case import DURATION, LATENCY, PEAK_MEMORY, Case, Metric, Options, Peer, Reading, Unavailable
+
+__all__ = [
+    "DURATION",
+    "LATENCY",
+    "PEAK_MEMORY",
+    "Case",
+    "Metric",
+    "Options",
+    "Peer",
+    "Reading",
+    "Unavailable",
+]

@@ -1,0 +1,63 @@
+"""Peak memory, measured in a child process of its own for each sample."""
+
+from __future__ import annotations
+
+import functools
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from .case import Reading, Unavailable
+
+ROOT = Path(__file__).resolve().parents[2]
+TIMEOUT = 1800.0
+
+
+def child(function: str, **arguments: Any) -> dict[str, Any]:
+    """Run `module:function` in a fresh process (see child.py): its {"peak": bytes, "error": float}.
+
+    Raises Unavailable where the child could not import something, RuntimeError where it failed.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        answer = Path(folder) / "answer.json"
+        command = [
+            sys.executable,
+            "-m",
+            "benchmarks.harness.child",
+            function,
+            json.dumps(arguments),
+            str(answer),
+        ]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=TIMEOUT)
+        if done.returncode == 0:
+            return dict(json.loads(answer.read_text()))
+    last = done.stderr.strip().splitlines()[-1:] or [f"exit status {done.returncode}"]
+    if last[0].startswith(("ImportError", "ModuleNotFoundError")):
+        raise Unavailable(last[0])
+    raise RuntimeError(f"{function} in a child process: {last[0]}")
+
+
+@functools.cache
+def import_baseline(function: str, samples: int = 3) -> float:
+    """Peak bytes of a process that only imports what `function`'s process imports (median of a few)."""
+    return float(statistics.median(child(function)["peak"] for _ in range(samples)))
+
+
+def peak_above(baseline: str, function: str, **arguments: Any) -> Callable[[], Callable[[], Reading]]:
+    """A `Peer.prepare` that measures child processes of `function`, less the peak of one of `baseline`."""
+
+    def prepare() -> Callable[[], Reading]:
+        floor = import_baseline(baseline)
+
+        def read() -> Reading:
+            report = child(function, **arguments)
+            return Reading(report["peak"] - floor, report["error"])
+
+        return read
+
+    return prepare

@@ -1,0 +1,86 @@
+"""How quiet the machine was during a measurement: load, stolen time, processors busy with other work."""
+
+from __future__ import annotations
+
+import os
+import resource
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+MAX_STEAL = 0.01  # share of all processor time taken by the hypervisor
+MAX_OTHERS = 0.10  # processors kept busy by other processes
+MAX_LOAD = 0.5  # load average per processor before the start
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """Seconds of /proc/stat, over all processors; `own`: those of this process and its ended children."""
+
+    when: float
+    busy: float
+    steal: float
+    total: float
+    own: float
+
+
+def load_average() -> float | None:
+    return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
+
+
+def snapshot() -> Snapshot | None:
+    """None where there is no /proc/stat."""
+    try:
+        line = Path("/proc/stat").read_text().splitlines()[0]
+    except OSError:
+        return None
+    user, nice, system, idle, iowait, irq, softirq, steal = (
+        int(ticks) / os.sysconf("SC_CLK_TCK") for ticks in line.split()[1:9]
+    )
+    busy = user + nice + system + irq + softirq
+    usage = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    own = sum(u.ru_utime + u.ru_stime for u in usage)
+    return Snapshot(time.monotonic(), busy, steal, busy + idle + iowait + steal, own)
+
+
+class NoiseMeter:
+    """Started before the first round, read after the last."""
+
+    def __init__(self) -> None:
+        self.load = load_average()
+        self.start = snapshot()
+
+    def read(self) -> dict[str, Any]:
+        """Load before and after, steal (share), others (processors), `noisy`: reasons for doubt."""
+        end = snapshot()
+        steal = others = None
+        if self.start is not None and end is not None:
+            steal, others = compare(self.start, end)
+        noisy = reasons(self.load, steal, others)
+        return {
+            "load_before": self.load,
+            "load_after": load_average(),
+            "steal": steal,
+            "others": others,
+            "noisy": noisy,
+        }
+
+
+def compare(start: Snapshot, end: Snapshot) -> tuple[float, float]:
+    """(share of processor time stolen, processors busy with other processes) between two snapshots."""
+    elapsed = max(end.when - start.when, 1e-9)
+    steal = (end.steal - start.steal) / max(end.total - start.total, 1e-9)
+    others = ((end.busy - start.busy) - (end.own - start.own)) / elapsed
+    return round(max(steal, 0.0), 4), round(max(others, 0.0), 3)
+
+
+def reasons(load: float | None, steal: float | None, others: float | None) -> list[str]:
+    found = []
+    if load is not None and load > MAX_LOAD * (os.cpu_count() or 1):
+        found.append(f"load {load} at the start")
+    if steal is not None and steal > MAX_STEAL:
+        found.append(f"steal {steal:.1%}")
+    if others is not None and others > MAX_OTHERS:
+        found.append(f"{others:.2f} processors busy with other work")
+    return found

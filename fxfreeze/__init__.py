@@ -1,0 +1,42 @@
+"""fxfreeze: a compiler for frozen neural networks.
+
+>>> plan = Plan(inputs=[Input("image", shape=("batch", 3, 32, 32))], steps=[LoRA(at="layer*.conv*", rank=4)])
+>>> net = adapt(model, plan)              # only the adapter trains
+>>> artifact = compile(net, plan)         # folded, proven, emitted, compared with the frozen model
+>>> artifact.save("out")
+"""
+
+from __future__ import annotations
+
+from ._version import __version__
+from .api import compile
+from .errors import (
+    ArtifactError,
+    CaptureError,
+    EmitError,
+    FxfreezeError,
+    MissingDependencyError,
+    PassError,
+    PlanError,
+    ProofError,
+)
+from .plan import IA3, Dim, DoRA, Input, LoRA, Plan
+
+__all__ = [
+    "IA3",
+    "ArtifactError",
+    "CaptureError",
+    "Dim",
+    "DoRA",
+    "EmitError",
+    "FxfreezeError",
+    "Input",
+    "LoRA",
+    "MissingDependencyError",
+    "PassError",
+    "Plan",
+    "PlanError",
+    "ProofError",
+    "__version__",
+    "compile",
+]

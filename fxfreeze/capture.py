@@ -1,0 +1,430 @@
+"""nn.Module → Program, by torch.export: non-strict first, strict as the second rung.
+
+The model is exported behind a wrapper that takes flat tensors, nests them as the plan names them, and returns only
+tensors: of a dict or dataclass output it keeps what ``Plan(outputs=[...])`` asks for. An output object that
+torch.export cannot flatten (a key-value cache) therefore never reaches it.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import re
+import traceback
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.export import Dim, ExportedProgram
+from torch.export.graph_signature import InputKind, OutputKind
+from torch.fx import Graph, Node
+
+from . import sampling
+from .binding import describe, flatten_inputs, nest, select, top_level
+from .errors import CaptureError, FxfreezeError
+from .functional import functionalise, normalise
+from .plan import Plan
+from .program import Program, TensorSpec, is_operator
+
+_WRAPPED = "model"
+
+
+class FlatModel(nn.Module):
+    """The user's model behind flat tensors: what is exported, and the eager reference everything is compared with.
+
+    Attributes:
+        observed: after a call, ``[structure, names]`` of its outputs (see :mod:`fxfreeze.binding`).
+    """
+
+    def __init__(self, model: nn.Module, inputs: Sequence[str], outputs: Sequence[str] | None) -> None:
+        super().__init__()
+        self.model = model
+        self.inputs, self.selected = tuple(inputs), tuple(outputs) if outputs is not None else None
+        self.positional, self.keywords = bind_names(model, self.inputs)
+        # A list changed in place: torch.export puts attributes that are assigned during a trace back.
+        self.observed: list[Any] = []
+
+    def forward(self, *flat: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        nested = nest(self.inputs, flat)
+        result = self.model(
+            *(nested[name] for name in self.positional), **{name: nested[name] for name in self.keywords}
+        )
+        if self.selected is not None:
+            result = select(result, self.selected)
+        structure, names, tensors = describe(result)
+        self.observed[:] = [structure, tuple(names)]
+        return tuple(tensors)
+
+
+def bind_names(model: nn.Module, names: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Split top-level input names into those passed by position and those passed by keyword.
+
+    A name that is a parameter of the model's ``forward`` goes by keyword. When none is, all go by position, so that
+    a plan may call its inputs what they are.
+
+    Raises:
+        CaptureError: some names are parameters and others are not, or ``forward`` wants more or fewer inputs.
+    """
+    tops = top_level(names)
+    parameters = inspect.signature(model.forward).parameters.values()
+    kinds = inspect.Parameter
+    keyword = {p.name for p in parameters if p.kind in (kinds.POSITIONAL_OR_KEYWORD, kinds.KEYWORD_ONLY)}
+    open_ended = any(p.kind is kinds.VAR_KEYWORD for p in parameters)
+    known = [name for name in tops if name in keyword]
+    if known and len(known) < len(tops) and not open_ended:
+        raise CaptureError(
+            f"forward has no parameter named {', '.join(sorted(set(tops) - keyword))}",
+            where=type(model).__qualname__, hint=f"its parameters are {', '.join(p.name for p in parameters)}",
+        )  # fmt: skip
+    positional, keywords = ([], tops) if known else (tops, [])
+    try:
+        inspect.signature(model.forward).bind(*positional, **dict.fromkeys(keywords))
+    except TypeError as error:
+        raise CaptureError(
+            f"the plan's inputs {tops} do not fit forward: {error}",
+            where=type(model).__qualname__, hint=f"its parameters are {', '.join(p.name for p in parameters)}",
+        ) from error  # fmt: skip
+    return positional, keywords
+
+
+def input_specs(plan: Plan, device: torch.device = torch.device("cpu")) -> tuple[TensorSpec, ...]:
+    """The plan's inputs with torch dtypes, on `device`."""
+    return tuple(
+        TensorSpec(item.name, getattr(torch, item.dtype), tuple(item.shape), item.low, item.high, device)
+        for item in plan.inputs
+    )
+
+
+def dim_bounds(plan: Plan) -> dict[str, tuple[int, int | None]]:
+    """Bounds of every symbolic dim the plan's inputs name."""
+    declared = {name: (dim.min, dim.max) for name, dim in plan.dims.items()}
+    return {name: declared.get(name, (1, None)) for name in sampling.symbolic_dims(input_specs(plan))}
+
+
+def flat_examples(plan: Plan, examples: Any) -> list[torch.Tensor] | None:
+    """`example_inputs` as the caller gave them (a tensor, a tuple of arguments, a dict by name) → flat tensors.
+
+    Raises:
+        CaptureError: they do not fit the plan's inputs.
+    """
+    if examples is None:
+        return None
+    names = [item.name for item in plan.inputs]
+    if isinstance(examples, Mapping):
+        return flatten_inputs(names, (), dict(examples), error=CaptureError)
+    args = tuple(examples) if isinstance(examples, list | tuple) else (examples,)
+    return flatten_inputs(names, args, {}, error=CaptureError)
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """The model in eval mode without gradients; every module's mode is put back afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        # Not model.eval(): a module that overrides train() may do more than set a flag.
+        for module, _ in modes:
+            module.training = False
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def capture(model: nn.Module, plan: Plan, examples: Sequence[torch.Tensor] | None = None) -> tuple[Program, FlatModel]:
+    """Export `model` as `plan` declares its inputs and outputs.
+
+    Args:
+        model: any nn.Module; it is captured in eval mode and left as it was.
+        plan: names, dtypes, shapes and symbolic dims of the inputs; optionally the outputs to keep.
+        examples: flat tensors to trace with; drawn from the plan when absent.
+
+    Returns:
+        The Program, whose constants share memory with the model, and the flat eager model it was made from.
+
+    Raises:
+        CaptureError: with the module path and source line at fault, and what was tried.
+    """
+    _check_constants(model)
+    specs, dims = input_specs(plan, _device(model)), dim_bounds(plan)
+    flat = FlatModel(model, [spec.name for spec in specs], plan.outputs)
+    sizes = sampling.tracing_sizes(specs, dims, examples)
+    inputs = sampling.sample_inputs(specs, sizes, seed=0, examples=examples)
+    with frozen(model), _quiet():
+        exported = _export(flat, inputs, specs, dims)
+        if not flat.observed:  # a strict trace leaves no side effects
+            flat(*inputs)
+    _check_dims(exported, specs)
+    _refuse_state_writes(exported)
+    graph, state = _unlift(exported)
+    if functionalise(graph) is not None:
+        with frozen(model), _quiet():
+            graph, state = _unlift(exported.run_decompositions({}))
+    normalise(graph)
+    structure, names = flat.observed
+    program = Program(graph, state, specs, names, structure, dims)
+    program.sweep()
+    _refuse_batch_statistics(program)
+    return program, flat
+
+
+def _export(
+    flat: FlatModel,
+    inputs: Sequence[torch.Tensor],
+    specs: Sequence[TensorSpec],
+    dims: Mapping[str, tuple[int, int | None]],
+) -> ExportedProgram:
+    tried: list[tuple[str, BaseException]] = []
+    for strict in (False, True):
+        try:
+            return torch.export.export(
+                flat, tuple(inputs), dynamic_shapes=_dynamic_shapes(specs, dims), strict=strict
+            )
+        except FxfreezeError:
+            raise
+        except Exception as error:
+            tried.append(("strict" if strict else "non-strict", error))
+    raise _capture_error(flat.model, tried)
+
+
+def _dynamic_shapes(specs: Sequence[TensorSpec], dims: Mapping[str, tuple[int, int | None]]) -> Any:
+    # A minimum of 1 is left unsaid: torch.export would read it as a promise that the graph was guarded for 1.
+    known = {
+        name: Dim(_identifier(name), min=low if low > 1 else None, max=high) for name, (low, high) in dims.items()
+    }
+    per_input = tuple(
+        {axis: known[size] for axis, size in enumerate(spec.shape) if isinstance(size, str)} for spec in specs
+    )
+    return (per_input,)
+
+
+def _identifier(name: str) -> str:
+    # Dim compares and prints names as sympy symbols, where some letters (S, N, I, E …) already mean something.
+    return f"dim_{name}"
+
+
+def _capture_error(model: nn.Module, tried: Sequence[tuple[str, BaseException]]) -> CaptureError:
+    where, line = _blame(model, tried[0][1])
+    attempts = "; ".join(f"{rung}: {type(error).__name__}: {_summary(error)}" for rung, error in tried)
+    hint = _hint(" ".join(str(error) for _, error in tried))
+    return CaptureError(f"torch.export cannot capture this model. Tried {attempts}", where=where, line=line, hint=hint)
+
+
+def _hint(text: str) -> str:
+    if "Constraints violated" in text or "specialized" in text.lower() or "ConstraintViolation" in text:
+        return "the model fixes or relates a dim the plan calls symbolic: give it a number, or bounds in Plan(dims=...)"
+    if "data-dependent" in text.lower() or "DataDependent" in text or "UserError" in text:
+        return "the forward branches on values: use torch.where or torch.cond, or compile the branches one by one"
+    return "capture a smaller part of the model, or pass example_inputs that it accepts"
+
+
+def _summary(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return re.sub(r"\s+", " ", " ".join(lines[:3]))[:400] or type(error).__name__
+
+
+def _blame(model: nn.Module, error: BaseException) -> tuple[str, str | None]:
+    """Module path and source line of the innermost forward of the model that is on the error's stack."""
+    paths = {id(module): path for path, module in model.named_modules()}
+    where, line = type(model).__qualname__, None
+    chained: list[BaseException] = []
+    cursor: BaseException | None = error
+    while cursor is not None and cursor not in chained:
+        chained.append(cursor)
+        cursor = cursor.__cause__ or cursor.__context__
+    for link in chained:
+        for frame, number in traceback.walk_tb(link.__traceback__):
+            owner = frame.f_locals.get("self")
+            # named_modules covers every owner that counts; identity first, since == on a Module's proxy may trace.
+            if id(owner) in paths and "/torch/nn/modules/module.py" not in frame.f_code.co_filename:
+                where = paths[id(owner)] or type(model).__qualname__
+                line = f"{frame.f_code.co_filename.rsplit('/', 1)[-1]}:{number}"
+    if line is None and (found := re.findall(r'File "([^"]+)", line (\d+), in forward', str(error))):
+        line = f"{found[-1][0].rsplit('/', 1)[-1]}:{found[-1][1]}"
+    return where, line
+
+
+def _device(model: nn.Module) -> torch.device:
+    tensors = [*model.parameters(), *model.buffers()]
+    return tensors[0].device if tensors else torch.device("cpu")
+
+
+def _check_constants(model: nn.Module) -> None:
+    """Refuse NaN and Inf weights: no proof could tell a right rewrite of them from a wrong one.
+
+    Raises:
+        CaptureError: names the tensor.
+    """
+    for kind, tensors in (("parameter", model.named_parameters()), ("buffer", model.named_buffers())):
+        for name, value in tensors:
+            if value.is_meta:
+                raise CaptureError(f"{kind} has no values: it lies on the meta device", where=name)
+            # -inf is what an attention mask buffer is made of; NaN never means anything.
+            bad = torch.isnan(value).any() if kind == "buffer" else ~_all_finite(value)
+            if (value.is_floating_point() or value.is_complex()) and bool(bad):
+                raise CaptureError(
+                    f"{kind} holds NaN{'' if kind == 'buffer' else ' or Inf'}", where=name,
+                    hint="load the right checkpoint; a frozen model must hold finite weights",
+                )  # fmt: skip
+
+
+def _all_finite(value: torch.Tensor) -> torch.Tensor:
+    # The sum is finite only if every term is (short of overflow, which is then looked at properly): one pass, no mask.
+    total = value.sum()
+    return torch.isfinite(total) | torch.isfinite(value).all()
+
+
+def _check_dims(exported: ExportedProgram, specs: Sequence[TensorSpec]) -> None:
+    names = [item.arg.name for item in exported.graph_signature.input_specs if item.kind is InputKind.USER_INPUT]
+    nodes = {node.name: node for node in exported.graph.nodes if node.op == "placeholder"}
+    for spec, name in zip(specs, names, strict=True):
+        for axis, (declared, size) in enumerate(zip(spec.shape, nodes[name].meta["val"].shape, strict=True)):
+            if isinstance(declared, str) and isinstance(size, int):
+                raise CaptureError(
+                    f"the model fixes dim {declared!r} (axis {axis}) to {size}", where=spec.name,
+                    hint=f"declare the axis as {size}, or remove what fixes it from the forward",
+                )  # fmt: skip
+
+
+def _refuse_state_writes(exported: ExportedProgram) -> None:
+    """Refuse a forward that writes to the model's own buffers: its result would depend on what ran before."""
+    for item in exported.graph_signature.output_specs:
+        if item.kind is OutputKind.BUFFER_MUTATION:
+            raise CaptureError(
+                "forward writes to a buffer, so the model is not frozen", where=_user_name(item.target or ""),
+                hint="reset the state inside forward, or pass it in and out as tensors",
+            )  # fmt: skip
+
+
+def _refuse_batch_statistics(program: Program) -> None:
+    for node in program.graph.nodes:
+        if node.target is torch.ops.aten.batch_norm.default and (node.args[5] or node.args[3] is None):
+            raise CaptureError(
+                "batch-norm without running statistics normalises by the batch it is given, so it is not frozen",
+                where=program.module_path(node), line=program.source_line(node),
+                hint="train with track_running_stats=True, or use GroupNorm or InstanceNorm",
+            )  # fmt: skip
+
+
+def _user_name(name: str) -> str:
+    return name.removeprefix(f"{_WRAPPED}.")
+
+
+def _unlift(exported: ExportedProgram) -> tuple[Graph, dict[str, torch.Tensor]]:
+    """Copy the exported graph with its lifted parameters, buffers and constants as ``get_attr`` nodes."""
+    held = {**exported.state_dict, **exported.constants}
+    signature = {item.arg.name: item for item in exported.graph_signature.input_specs}
+    graph, state, values = Graph(), {}, {}
+    for node in exported.graph.nodes:
+        if node.op == "placeholder":
+            item = signature[node.name]
+            if item.kind is InputKind.USER_INPUT:
+                values[node] = graph.placeholder(node.name)
+            else:
+                name = _user_name(str(item.target))
+                state[name] = _tensor(held[str(item.target)], name).detach()
+                values[node] = graph.create_node("get_attr", name)
+            values[node].meta = _user_meta(node.meta)
+        elif node.op == "output":
+            results = _user_results(exported, node)
+            graph.output(tuple(values[result] for result in results))
+        else:
+            _copy_call(exported, graph, node, values)
+    graph.output_node().meta["val"] = tuple(item.meta["val"] for item in graph.output_node().args[0])  # type: ignore[union-attr]
+    return graph, state
+
+
+def _user_results(exported: ExportedProgram, output: Node) -> list[Node]:
+    """Results that the user's forward returned, without the mutations torch.export appends.
+
+    An input written in place is such a mutation; a Program computes the same outputs and leaves the input alone.
+    """
+    kinds = [item.kind for item in exported.graph_signature.output_specs]
+    return [node for node, kind in zip(output.args[0], kinds, strict=True) if kind is OutputKind.USER_OUTPUT]  # type: ignore[arg-type]
+
+
+def _copy_call(exported: ExportedProgram, graph: Graph, node: Node, values: dict[Any, Any]) -> None:
+    if node.op == "get_attr":  # the body of a higher-order operator; its caller inlines it
+        values[node] = getattr(exported.graph_module, str(node.target))
+        return
+    if isinstance(node.target, torch._ops.HigherOrderOperator):
+        values[node] = _inline(graph, node, values)
+        return
+    if getattr(node.target, "__name__", "") == "getitem" and isinstance(values.get(node.args[0]), tuple):
+        values[node] = values[node.args[0]][node.args[1]]
+        return
+    if not is_operator(node.target):
+        raise CaptureError(f"{node.target} is not an operator", where=_stack_path(node))
+    values[node] = graph.node_copy(node, lambda old: values[old])
+    values[node].meta = _user_meta(node.meta)
+
+
+def _inline(graph: Graph, node: Node, values: dict[Any, Any]) -> tuple[Any, ...]:
+    """Replace a grad-mode or disabled-autocast wrapper by its body: neither means anything to a frozen graph."""
+    name = getattr(node.target, "_name", str(node.target))
+    bodies = [arg for arg in node.args if isinstance(arg, Node) and isinstance(values.get(arg), torch.fx.GraphModule)]
+    enabled_autocast = name == "wrap_with_autocast" and node.args[2]
+    if name not in ("wrap_with_set_grad_enabled", "wrap_with_autocast") or len(bodies) != 1 or enabled_autocast:
+        raise CaptureError(
+            f"the higher-order operator {name} is not supported", where=_stack_path(node),
+            hint="replace control flow by torch.where, and enter autocast outside of the model",
+        )  # fmt: skip
+    body = values[bodies[0]]
+    operands = [values[arg] if isinstance(arg, Node) else arg for arg in node.args[node.args.index(bodies[0]) + 1 :]]
+    inner: dict[Any, Any] = {}
+    feed = iter(operands)
+    for item in body.graph.nodes:
+        if item.op == "placeholder":
+            inner[item] = next(feed)
+        elif item.op == "output":
+            return tuple(inner[result] for result in item.args[0])
+        else:
+            inner[item] = graph.node_copy(item, lambda old: inner[old])
+            inner[item].meta = _user_meta(item.meta)
+    raise CaptureError(f"the body of {name} returns nothing", where=_stack_path(node))
+
+
+def _user_meta(meta: Mapping[str, Any]) -> dict[str, Any]:
+    """What a Program keeps of a node's metadata, with module paths as the user knows them."""
+    kept = {key: meta[key] for key in ("val", "stack_trace") if key in meta}
+    stack = (meta.get("nn_module_stack") or {}).items()
+    kept["nn_module_stack"] = {
+        key: (re.sub(r"@\d+", "", _user_name(path)), _class_name(kind))
+        for key, (path, kind) in stack
+        if path not in ("", _WRAPPED)
+    }
+    return kept
+
+
+def _class_name(kind: Any) -> str:
+    return kind if isinstance(kind, str) else f"{kind.__module__}.{kind.__qualname__}"
+
+
+def _stack_path(node: Node) -> str:
+    stack = node.meta.get("nn_module_stack") or {}
+    return _user_name(next(reversed(stack.values()))[0]) if stack else "<model>"
+
+
+def _tensor(value: Any, name: str) -> torch.Tensor:
+    if not isinstance(value, torch.Tensor):
+        raise CaptureError(f"the model holds a {type(value).__name__}, which no target can store", where=name)
+    return value
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep torch.export's advice out of the user's terminal; what matters comes back in a CaptureError."""
+    loggers = [logging.getLogger(name) for name in ("torch.export", "torch._dynamo", "torch.fx")]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.CRITICAL)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

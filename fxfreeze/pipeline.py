@@ -1,0 +1,170 @@
+"""Runs passes in order, holds each to its contract, proves it, and keeps the record."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .errors import PassError, PlanError
+from .proof import Prover, Verify
+from .program import Program
+from .rewrite import STAGES, Context, Pass
+from .sampling import dim_choices, sample_inputs, symbolic_dims, tracing_sizes
+
+_DRAWS = {"full": 2, "sampled": 1, "off": 0}
+
+
+@dataclass(frozen=True)
+class PassRow:
+    """One pass of one compilation: how many rewrites, operators before and after, seconds, and the proven error."""
+
+    name: str
+    stage: str
+    exact: bool
+    rewrites: int
+    operators_before: int
+    operators_after: int
+    seconds: float
+    error: float | None
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def proof_draws(
+    program: Program, verify: Verify, examples: Sequence[torch.Tensor] | None = None
+) -> list[list[torch.Tensor]]:
+    """Inputs to prove on: two draws of different sizes for "full", one for "sampled", none for "off".
+
+    Raises:
+        PlanError: `verify` is none of the three.
+    """
+    if verify not in _DRAWS:
+        raise PlanError(f"verify={verify!r}", hint="use 'full', 'sampled' or 'off'")
+    if not _DRAWS[verify]:
+        return []
+    small = tracing_sizes(program.inputs, program.dims, None) if examples is None else {}
+    sizes = [small or tracing_sizes(program.inputs, program.dims, examples)]
+    if symbolic_dims(program.inputs):
+        # Examples vouch for their own sizes; other sizes are only asked of dims that bounds or defaults allow.
+        sizes.append(_grown(sizes[0], program))
+    else:
+        sizes.append(sizes[0])
+    return [
+        sample_inputs(program, size, seed=seed, examples=examples if seed == 0 or examples is not None else None)
+        for seed, size in enumerate(sizes[: _DRAWS[verify]])
+    ]
+
+
+def _grown(sizes: dict[str, int], program: Program) -> dict[str, int]:
+    grown = {}
+    for name, size in sizes.items():
+        high = program.dims.get(name, (1, None))[1]
+        grown[name] = size + 1 if high is None or size < high else size
+    return grown
+
+
+def run_passes(
+    program: Program,
+    passes: Iterable[Pass],
+    ctx: Context,
+    *,
+    verify: Verify = "full",
+    draws: Sequence[Sequence[torch.Tensor]] | None = None,
+) -> tuple[list[PassRow], Prover]:
+    """Run `passes` over `program`, in place.
+
+    Every pass must return the number of its rewrites, and 0 exactly when it changed nothing; its result is verified,
+    its interface (inputs, and outputs' dtypes and ranks) must be the old one, and an exact pass is proven.
+
+    Raises:
+        PassError: a pass broke the contract, or refused a site.
+        ProofError: an exact pass changed the function.
+    """
+    program.sweep()
+    program.verify()
+    prover = Prover(program, proof_draws(program, verify) if draws is None else draws)
+    dump = _Dumper(os.environ.get("FXFREEZE_DEBUG"))
+    dump("capture", program)
+    rows = []
+    for item in passes:
+        rows.append(_run_one(item, program, ctx, prover))
+        if rows[-1].rewrites:
+            dump(item.name, program, ctx)
+        ctx.near_misses.clear()
+    return rows, prover
+
+
+def stage_passes(passes: Sequence[Pass], stages: Iterable[str]) -> list[Pass]:
+    """The passes of the named stages, in pipeline order.
+
+    Raises:
+        PassError: the pipeline is not in the order of the stages.
+    """
+    wanted = set(stages)
+    positions = [STAGES.index(item.stage) for item in passes]
+    if positions != sorted(positions):
+        raise PassError("passes/__init__.py is not in stage order: " + " → ".join(item.name for item in passes))
+    return [item for item in passes if item.stage in wanted]
+
+
+def _run_one(item: Pass, program: Program, ctx: Context, prover: Prover) -> PassRow:
+    before, interface, size = program.fingerprint(), _interface(program), _operators(program)
+    ctx.ledger.current_pass = item.name
+    started = time.perf_counter()
+    rewrites = item.run(program, ctx)
+    program.sweep()
+    seconds = time.perf_counter() - started
+    changed = program.fingerprint() != before
+    if changed != bool(rewrites):
+        raise PassError(
+            f"pass {item.name!r} reported {rewrites} rewrites, but the program {'changed' if changed else 'did not'}",
+            where=item.name, hint="run() must return the number of its rewrites; this is a defect of the pass",
+        )  # fmt: skip
+    error = None
+    if changed:
+        _check_result(item, program, interface)
+        proof = prover.accept(item.name, program, exact=item.exact)
+        error = proof.error if proof else None
+    return PassRow(item.name, item.stage, item.exact, rewrites, size, _operators(program), seconds, error)
+
+
+def _check_result(item: Pass, program: Program, interface: Any) -> None:
+    try:
+        program.verify()
+    except PassError as error:
+        raise PassError(f"pass {item.name!r} left an invalid program: {error.what}", where=error.where) from error
+    if (now := _interface(program)) != interface:
+        raise PassError(f"pass {item.name!r} changed the interface from {interface} to {now}", where=item.name)
+
+
+def _interface(program: Program) -> Any:
+    outputs = [node.meta["val"] for node in program.output_nodes]
+    return program.inputs, program.outputs, tuple((str(value.dtype), value.ndim) for value in outputs)
+
+
+def _operators(program: Program) -> int:
+    return sum(node.op == "call_function" for node in program.graph.nodes)
+
+
+class _Dumper:
+    """Writes ``NNN_pass.py`` after each pass that changed something, when FXFREEZE_DEBUG names a folder."""
+
+    def __init__(self, folder: str | None) -> None:
+        self.folder, self.count = Path(folder) if folder else None, 0
+
+    def __call__(self, name: str, program: Program, ctx: Context | None = None) -> None:
+        if self.folder is None:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        lines = [str(program)]
+        for miss in ctx.near_misses if ctx else ():
+            lines.append(f"# no match at {miss.node.name}: {miss.reason}")
+        (self.folder / f"{self.count:03d}_{name}.py").write_text("\n".join(lines) + "\n")
+        self.count += 1

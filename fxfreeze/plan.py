@@ -1,0 +1,537 @@
+"""The plan: what a model's inputs look like, what to do to the model, and which targets to emit. It is data.
+
+A plan is written in Python, TOML or JSON, and the three are interchangeable. Everything is checked when a
+plan is built; whatever is wrong raises `PlanError` with the path of each offending key, as in
+`steps[1].rank: must be ≥ 1, got 0`. This file imports no torch, so editors and scripts read plans cheaply.
+
+A new step is one class here and one entry in `STEPS`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import keyword
+import math
+import operator
+import os
+import re
+import tomllib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, Union
+
+import tomli_w
+from pydantic import BeforeValidator, ConfigDict, Field, Strict, model_validator
+
+from .errors import PlanError
+from .record import Problem, Record, brief, refusal, suggest
+
+VERSION = 1
+"""The newest plan format this fxfreeze reads; written into every plan file."""
+
+# ---- Values: what a single key accepts. Nothing is coerced: "4" and true are no numbers.
+
+
+def _is_symbol(value: Any) -> bool:
+    """Whether this is a name that can be a Python variable."""
+    return isinstance(value, str) and value.isidentifier() and not keyword.iskeyword(value)
+
+
+def _symbol(value: Any) -> str:
+    if not _is_symbol(value):
+        raise refusal(
+            f"must be a name of letters, digits and _ (not starting with a digit), got {brief(value)}"
+        )
+    return str(value)
+
+
+def _input_name(value: Any) -> str:
+    first, *rest = value.split(".") if isinstance(value, str) else [None]
+    if not _is_symbol(first):
+        raise refusal(
+            f"must start with an argument's name, as 'ids', 'batch.ids' or 'feats.0'; got {brief(value)}"
+        )
+    if any(not part or re.search(r"\s", part) for part in rest):
+        raise refusal(f"has an empty or blank part between its dots, got {brief(value)}")
+    return str(value)
+
+
+def _size(value: Any) -> int | str:
+    if isinstance(value, str):
+        return _symbol(value)
+    try:
+        size = operator.index(value)  # takes numpy's integers too
+    except TypeError:
+        size = None
+    if size is None or isinstance(value, bool) or size < 1:
+        raise refusal(
+            f"must be a size ≥ 1, or a name such as 'batch' for a dynamic dimension, got {brief(value)}"
+        )
+    return size
+
+
+def _shape(value: Any) -> Any:
+    if isinstance(value, int | str) or not isinstance(value, Iterable):
+        raise refusal(f"must be a list of sizes and names, such as ['batch', 3, 32, 32], got {brief(value)}")
+    return tuple(value)
+
+
+def _dtype(value: Any) -> Any:
+    # torch.float32 prints as "torch.float32"; read that way to leave torch unimported.
+    return str(value).removeprefix("torch.")
+
+
+def _number(value: Any) -> int | float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise refusal(f"must be a finite number, got {brief(value)}")
+    return value
+
+
+def _patterns(value: Any) -> str | tuple[str, ...]:
+    globs = (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list | tuple) else None
+    if not globs:
+        raise refusal(f"must be a glob over module paths, or a list of them, got {brief(value)}")
+    for i, glob in enumerate(globs):
+        if not isinstance(glob, str) or not glob or glob != glob.strip():
+            spot = "" if isinstance(value, str) else f"item {i} "
+            raise refusal(f"{spot}must be a glob over module paths such as 'layer*.conv1', got {brief(glob)}")
+        if glob in globs[:i]:
+            raise refusal(f"item {i} repeats {glob!r}")
+    return value if isinstance(value, str) else globs
+
+
+def _path(value: Any) -> str:
+    path = os.fspath(value) if isinstance(value, os.PathLike) else value
+    if not isinstance(path, str) or not path.strip() or "\0" in path:
+        raise refusal(f"must be the path of a file, got {brief(value)}")
+    return path
+
+
+Symbol = Annotated[str, BeforeValidator(_symbol)]
+Number = Annotated[int | float, BeforeValidator(_number)]
+Count = Annotated[int, Strict(), Field(ge=1)]
+Flag = Annotated[bool, Strict()]
+Text = Annotated[str, Strict(), Field(min_length=1)]
+Weights = Annotated[str, BeforeValidator(_path)]
+Size = Annotated[int | str, BeforeValidator(_size)]
+Patterns = Annotated[str | tuple[str, ...], BeforeValidator(_patterns)]
+
+Target = Literal["torch", "aoti", "onnx"]
+DType = Literal[
+    "float32",
+    "float16",
+    "bfloat16",
+    "float64",
+    "int64",
+    "int32",
+    "int16",
+    "int8",
+    "uint8",
+    "bool",
+    "complex64",
+]
+
+_RANGES: dict[str, tuple[float, float]] = {
+    **{f"int{bits}": (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) for bits in (8, 16, 32, 64)},
+    "uint8": (0, 255),
+    "float16": (-65504.0, 65504.0),
+    "bfloat16": (-(2.0 - 2.0**-7) * 2.0**127, (2.0 - 2.0**-7) * 2.0**127),
+    "float32": (-(2.0 - 2.0**-23) * 2.0**127, (2.0 - 2.0**-23) * 2.0**127),
+    "float64": (-math.inf, math.inf),
+}
+"""Smallest and largest finite value of each dtype that has an order."""
+
+
+# ---- Inputs
+
+
+class Input(Record):
+    """One tensor the model is called with."""
+
+    name: Annotated[str, BeforeValidator(_input_name)] = Field(
+        description="Name of the forward argument. Dots reach into nested arguments: 'batch.ids' is the entry "
+        "'ids' of a dict passed as 'batch', 'feats.0' the first item of a list."
+    )
+    shape: Annotated[tuple[Size, ...], BeforeValidator(_shape)] = Field(
+        description="Size of each dimension. A number is a fixed size ≥ 1, a name is a symbolic size that "
+        "may differ from call to call; equal names mean equal sizes. An empty list is a scalar."
+    )
+    dtype: Annotated[DType, BeforeValidator(_dtype)] = Field(
+        default="float32", description="Element type of the tensor."
+    )
+    low: Number | None = Field(
+        default=None,
+        description="Smallest value callers pass, inclusive, in the input's own unit. Test inputs are drawn "
+        "from [low, high]. Not for bool and complex64.",
+    )
+    high: Number | None = Field(
+        default=None,
+        description="Largest value callers pass, inclusive, in the input's own unit; for token ids: the "
+        "size of the vocabulary - 1. Not for bool and complex64.",
+    )
+
+    if TYPE_CHECKING:  # the runtime accepts any sequence; see record.py
+
+        def __init__(
+            self,
+            name: str,
+            shape: Iterable[int | str],
+            dtype: Any = "float32",
+            low: float | None = None,
+            high: float | None = None,
+        ) -> None: ...
+
+    def _problems(self) -> Iterator[Problem]:
+        bounds = {key: value for key, value in (("low", self.low), ("high", self.high)) if value is not None}
+        if self.dtype not in _RANGES:
+            yield from ((key, f"has no meaning for dtype {self.dtype}; leave it out") for key in bounds)
+            return
+        least, most = _RANGES[self.dtype]
+        for key, value in bounds.items():
+            if not least <= value <= most:
+                yield key, f"must lie in {self.dtype}'s range [{least}, {most}], got {brief(value)}"
+            if "int" in self.dtype and not isinstance(value, int):
+                yield key, f"must be a whole number for dtype {self.dtype}, got {brief(value)}"
+        if self.low is not None and self.high is not None and self.low > self.high:
+            yield "low", f"must be ≤ high ({self.high!r}), got {self.low!r}"
+
+
+class Dim(Record):
+    """Bounds of a symbolic dimension."""
+
+    min: Count = Field(default=1, description="Smallest size, inclusive.")
+    max: Count | None = Field(default=None, description="Largest size, inclusive; unbounded if left out.")
+
+    def _problems(self) -> Iterator[Problem]:
+        if self.max is not None and self.min > self.max:
+            yield "min", f"must be ≤ max ({self.max}), got {self.min}"
+
+
+# ---- Steps
+
+
+class Step(Record):
+    """Something to do to the modules that `at` matches."""
+
+    kind: str = Field(description="Which step this is.", kw_only=True)
+    at: Patterns = Field(
+        description="Glob or globs over module paths, such as 'layer*.conv1'. Each must match a module."
+    )
+    name: Symbol = Field(
+        default="",
+        validate_default=False,
+        kw_only=True,
+        description="Name of the step in reports and in adapter files; unique in a plan. Default: its kind, "
+        "with a number appended from the second of that kind on.",
+    )
+
+    @property
+    def patterns(self) -> tuple[str, ...]:
+        """`at` as a tuple."""
+        return (self.at,) if isinstance(self.at, str) else self.at
+
+    @model_validator(mode="after")
+    def _default_name(self) -> Self:
+        if "name" not in self.model_fields_set:
+            self._derive(name=self.kind)
+        return self
+
+
+class _LowRank(Step):
+    """Fields and scale that LoRA and DoRA share."""
+
+    rank: Count = Field(
+        description="Rank r of the update B·A; A is (r, in features), B is (out features, r)."
+    )
+    alpha: Number | None = Field(
+        default=None, description="Numerator of the scale. Default: rank, so that the scale is 1."
+    )
+    rslora: Flag = Field(default=False, description="Scale by alpha / sqrt(rank) instead of alpha / rank.")
+    weights: Weights | None = Field(
+        default=None,
+        description="Path of a safetensors file with the trained adapter, relative to the plan's folder. "
+        "Without it the adapter starts as an update of zero.",
+    )
+
+    @property
+    def scale(self) -> float:
+        """The factor in front of B·A."""
+        alpha = self.rank if self.alpha is None else self.alpha
+        return alpha / math.sqrt(self.rank) if self.rslora else alpha / self.rank
+
+    def _problems(self) -> Iterator[Problem]:
+        if self.alpha == 0:
+            yield "alpha", "must not be 0, which would switch the adapter off"
+
+
+class LoRA(_LowRank):
+    """W + scale · B·A (Hu et al. 2021); with `rslora` the scale of Kalajdzievski 2023."""
+
+    kind: Literal["lora"] = Field(default="lora", description="Low-rank update.", kw_only=True)
+
+
+class DoRA(_LowRank):
+    """m · (W + scale · B·A) / ‖W + scale · B·A‖, the norm per output (Liu et al. 2024)."""
+
+    kind: Literal["dora"] = Field(
+        default="dora", description="Low-rank update with a magnitude per output.", kw_only=True
+    )
+
+
+class IA3(Step):
+    """A learned gain per feature (Liu et al. 2022)."""
+
+    kind: Literal["ia3"] = Field(default="ia3", description="One learned gain per feature.", kw_only=True)
+    side: Literal["out", "in"] = Field(
+        default="out", description="Scale the module's output features or its input features."
+    )
+    weights: Weights | None = Field(
+        default=None,
+        description="Path of a safetensors file with the trained gains, relative to the plan's folder. "
+        "Without it all gains are 1.",
+    )
+
+
+STEPS: tuple[type[Step], ...] = (LoRA, DoRA, IA3)
+"""Every step a plan can hold. A new step class is added here and nowhere else."""
+
+if TYPE_CHECKING:
+    AnyStep = Step
+else:
+    AnyStep = Annotated[Union[STEPS], Field(discriminator="kind")]  # noqa: UP007 - a union made from a tuple
+
+
+# ---- The plan
+
+
+class Plan(Record):
+    """A model's inputs, the steps to take, and the targets to emit."""
+
+    model_config = ConfigDict(title="fxfreeze plan")
+
+    inputs: tuple[Input, ...] = Field(
+        json_schema_extra={"minItems": 1},
+        description="The model's tensor inputs, in the order of its arguments.",
+    )
+    steps: tuple[AnyStep, ...] = Field(
+        default=(),
+        description="What to do to the model. The compiler owns the order of stages; within a stage, steps "
+        "at one module apply in this order.",
+    )
+    targets: tuple[Target, ...] = Field(
+        default=("torch",),
+        description="What to emit: 'torch' (a torch.compile callable), 'aoti' (an AOTInductor package), 'onnx' "
+        "(an ONNX file). An empty list stops before emission.",
+    )
+    outputs: tuple[Text, ...] | None = Field(
+        default=None,
+        description="Names of the outputs to keep, for a model that returns a dict or a dataclass. "
+        "Default: all of them.",
+    )
+    dims: dict[Symbol, Dim] = Field(
+        default_factory=dict,
+        description="Bounds of the symbolic dimensions that the inputs' shapes name. Default: ≥ 1.",
+    )
+    version: Count = Field(default=VERSION, description="Version of the plan format.")
+
+    suffixes: ClassVar[tuple[str, ...]] = (".toml", ".json")
+
+    if TYPE_CHECKING:  # the runtime accepts any sequence, and dicts for records; see record.py
+
+        def __init__(
+            self,
+            inputs: Iterable[Input | Mapping[str, Any]],
+            steps: Iterable[Step | Mapping[str, Any]] = (),
+            targets: Iterable[str] = ("torch",),
+            outputs: Iterable[str] | None = None,
+            dims: Mapping[str, Dim | Mapping[str, Any]] | None = None,
+            version: int = VERSION,
+        ) -> None: ...
+
+    @model_validator(mode="before")
+    @classmethod
+    def _readable(cls, data: Any) -> Any:
+        """Look at the version first: a newer plan may hold keys that would only be reported as unknown."""
+        if isinstance(data, Mapping):
+            version = data.get("version", VERSION)
+            if isinstance(version, int) and version > VERSION:
+                reads = f"this fxfreeze reads plans up to version {VERSION}; upgrade fxfreeze"
+                raise refusal(("version", f"is {version}, but {reads}"))
+        return data
+
+    @model_validator(mode="after")
+    def _name_steps(self) -> Self:
+        """Give steps of one kind that were left unnamed different names; names that were given stay."""
+        taken = {step.name for step in self.steps if "name" in step.model_fields_set}
+        steps: list[Step] = []
+        for step in self.steps:
+            if "name" not in step.model_fields_set:
+                names = (f"{step.kind}_{n}" if n > 1 else step.kind for n in itertools.count(1))
+                step = step.model_copy(update={"name": next(name for name in names if name not in taken)})
+                taken.add(step.name)
+            steps.append(step)
+        return self._derive(steps=tuple(steps))
+
+    def _problems(self) -> Iterator[Problem]:
+        if not self.inputs:
+            yield "inputs", "must name at least one input"
+        if self.outputs == ():
+            yield "outputs", "must name at least one output; leave it out to keep all"
+        names = [spec.name for spec in self.inputs]
+        yield from _repeats("inputs[{}].name", names)
+        yield from _misnested(names)
+        given = [step.name if "name" in step.model_fields_set else None for step in self.steps]
+        yield from _repeats("steps[{}].name", given)
+        yield from _repeats("targets[{}]", self.targets)
+        yield from _repeats("outputs[{}]", self.outputs or ())
+        used = sorted({size for spec in self.inputs for size in spec.shape if isinstance(size, str)})
+        for dim in self.dims:
+            if dim not in used:
+                names_of = f"the inputs' shapes name {', '.join(used) or 'none'}"
+                yield f"dims.{dim}", f"no input has this dimension{suggest(dim, used)}; {names_of}"
+
+    # files
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Plan:
+        """Read a `.toml` or `.json` file.
+
+        Relative `weights` in a file are relative to that file's folder; in the loaded plan they are absolute,
+        so that the plan keeps its meaning wherever the process goes. `save` undoes this.
+        Raises PlanError with the file's name, and for broken syntax the line.
+        """
+        file = Path(path)
+        data = _read(file)
+        for step in data.get("steps", ()) if isinstance(data.get("steps"), list) else ():
+            if isinstance(step, dict) and isinstance(step.get("weights"), str) and step["weights"].strip():
+                step["weights"] = os.path.abspath(file.parent / step["weights"])
+        try:
+            return cls.model_validate(data)
+        except PlanError as error:
+            raise PlanError(error.what, where=str(path), hint=error.hint) from None
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write a `.toml` or `.json` file in one step: a killed save leaves the old file, or none.
+
+        A plan in memory names its `weights` relative to the working directory, as any Python call does. In
+        the file they become relative to the file's folder if they were relative or lie inside that folder, so
+        that the folder can be moved as a whole; other absolute paths stay. `Plan.load` of the result is equal
+        to this plan up to relative `weights`, which come back absolute.
+        """
+        file = Path(path)
+        data = self.to_dict()
+        for step in data["steps"]:
+            if "weights" in step:
+                step["weights"] = _portable(step["weights"], file.parent)
+        _write(file, data)
+
+    @classmethod
+    def json_schema(cls) -> dict[str, Any]:
+        """The JSON schema (draft 2020-12) of plan files, for editors and validators."""
+        return {"$schema": "https://json-schema.org/draft/2020-12/schema", **cls.model_json_schema()}
+
+
+def _repeats(path: str, values: Sequence[str | None]) -> Iterator[Problem]:
+    """Values that were there before; None is no value."""
+    for i, value in enumerate(values):
+        if value is not None and value in values[:i]:
+            yield path.format(i), f"repeats {value!r}"
+
+
+def _misnested(names: Sequence[str]) -> Iterator[Problem]:
+    """Names that no arguments can have: a tensor that is also a container, a list with holes."""
+    children: dict[str, set[str]] = {}
+    for name in names:
+        parts = name.split(".")
+        for depth in range(1, len(parts)):
+            children.setdefault(".".join(parts[:depth]), set()).add(parts[depth])
+    for parent, keys in children.items():
+        if parent in names:
+            text = f"{parent!r} is both a tensor and a container of {', '.join(sorted(keys))}"
+            yield f"inputs[{names.index(parent)}].name", text
+        if any(key.isdigit() for key in keys) and keys != {str(n) for n in range(len(keys))}:
+            first = next(i for i, name in enumerate(names) if name.startswith(parent + "."))
+            text = f"items of the list {parent!r} must be 0 to {len(keys) - 1}, got {', '.join(sorted(keys))}"
+            yield f"inputs[{first}].name", text
+
+
+def _portable(weights: str, folder: Path) -> str:
+    """Spell a path for a plan file in `folder`."""
+    absolute = os.path.abspath(weights)
+    try:
+        relative = Path(os.path.relpath(absolute, os.path.abspath(folder)))
+    except ValueError:  # another drive of a Windows machine
+        return absolute
+    return weights if os.path.isabs(weights) and ".." in relative.parts else relative.as_posix()
+
+
+def _read(file: Path) -> dict[str, Any]:
+    """Parse a plan file into plain data; PlanError with file and line if that fails."""
+    _check_suffix(file)
+    line = None
+    try:
+        text = file.read_bytes().decode("utf-8-sig")  # editors on Windows like to put a byte order mark
+        data = tomllib.loads(text) if file.suffix == ".toml" else json.loads(text, **_JSON)
+    except FileNotFoundError:
+        raise PlanError("no such plan file", where=str(file)) from None
+    except OSError as error:
+        raise PlanError(f"cannot read the plan file: {error.strerror}", where=str(file)) from None
+    except UnicodeDecodeError as error:
+        raise PlanError(
+            f"a plan file is UTF-8 text, but byte {error.start} is not", where=str(file)
+        ) from None
+    except RecursionError:
+        raise PlanError("the plan file is nested too deeply", where=str(file)) from None
+    except json.JSONDecodeError as error:
+        what, line = error.msg, f"line {error.lineno}, column {error.colno}"
+        raise PlanError(f"not valid JSON: {what}", where=str(file), line=line) from None
+    except ValueError as error:  # tomllib ends its message with "(at line 3, column 5)"
+        what, line = str(error), None
+        if spot := re.search(r" \(at (line \d+, column \d+|end of document)\)$", what):
+            what, line = what[: spot.start()], spot[1]
+            if line == "end of document":
+                line = f"line {len(text.splitlines())}, at the end"
+        raise PlanError(f"not valid {file.suffix[1:].upper()}: {what}", where=str(file), line=line) from None
+    if not isinstance(data, dict):
+        raise PlanError(f"a plan is a table of keys and values, not a {type(data).__name__}", where=str(file))
+    return data
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """JSON lets a later key overrule an earlier one silently; a plan does not."""
+    keys = [key for key, _ in pairs]
+    if twice := sorted({key for key in keys if keys.count(key) > 1}):
+        raise ValueError(f"key {twice[0]!r} is there twice")
+    return dict(pairs)
+
+
+_JSON: dict[str, Any] = {"object_pairs_hook": _no_duplicates}
+
+
+def _write(file: Path, data: dict[str, Any]) -> None:
+    """Write plain data next to `file`, then move it into place."""
+    _check_suffix(file)
+    text = (
+        tomli_w.dumps(data)
+        if file.suffix == ".toml"
+        else json.dumps(data, indent=2, ensure_ascii=False) + "\n"
+    )
+    partial = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    try:
+        with open(partial, "wb") as stream:
+            stream.write(text.encode())
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(partial, file)
+    except OSError as error:
+        raise PlanError(f"cannot write the plan file: {error.strerror}", where=str(file)) from None
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _check_suffix(file: Path) -> None:
+    if file.suffix not in Plan.suffixes:
+        raise PlanError(
+            f"a plan file ends in {' or '.join(Plan.suffixes)}, got {file.name!r}", where=str(file)
+        )

@@ -1,0 +1,493 @@
+"""The IR: one functional ATen graph, its constants, and what the user calls its parts.
+
+A :class:`Program` is the graph that ``torch.export`` writes before decomposition (``aten.linear``, ``aten.conv2d``,
+``aten.batch_norm``, ``aten.layer_norm`` and attention stay whole), made functional and flat: placeholders are the
+plan's tensor inputs in plan order, ``get_attr`` nodes are constants, and the one output node returns a flat tuple.
+
+The graph is a bare :class:`torch.fx.Graph`; code is generated only when something executable is asked for
+(:meth:`Program.graph_module`). Constants live in :attr:`Program.state`. They are shared with the user's model and are
+therefore never written to; a folded constant is kept in float64 until the ``round`` pass, so that several folds into
+one weight are rounded once. The dtype a constant will be stored in is that of its node's ``meta["val"]``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import operator
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx import Graph, GraphModule, Node
+
+from .errors import PassError
+
+SYMBOLIC_FUNCTIONS: frozenset[Any] = frozenset(
+    {
+        operator.getitem, operator.add, operator.sub, operator.mul, operator.floordiv, operator.truediv, operator.mod,
+        operator.pow, operator.neg, operator.eq, operator.ne, operator.lt, operator.le, operator.gt, operator.ge,
+        operator.and_, operator.or_, operator.not_,
+        torch.sym_max, torch.sym_min, torch.sym_not, torch.sym_int, torch.sym_float, torch.sym_ite, torch.sym_sqrt,
+    }
+)  # fmt: skip
+"""Python functions on sizes that may stand in a graph beside operators."""
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """A flat tensor input: its name (dotted when nested), dtype, shape (a string is a symbolic dim), the half-open range
+    its values are drawn from, and the device it must lie on."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int | str, ...]
+    low: float | None = None
+    high: float | None = None
+    device: torch.device = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Why a node is there: the plan step that asked for it, the adapter primitive, and the site it acts on."""
+
+    step: str
+    primitive: str
+    site: str
+
+
+@dataclass(frozen=True)
+class Fold:
+    """What was folded into a constant, kept until rounding shows how much of it survives: base + delta → constant."""
+
+    step: str
+    site: str
+    base: str
+    max_loss: float
+
+
+@dataclass
+class Program:
+    """A frozen model as a functional ATen graph; see the module docstring.
+
+    Attributes:
+        graph: placeholders, ``get_attr`` constants, operator calls, one output node with a flat tuple.
+        state: constants by name; a parameter keeps its name in the user's model. Never written to in place.
+        inputs: one :class:`TensorSpec` per placeholder, in order.
+        outputs: a name for every flat output.
+        structure: JSON description of how flat outputs nest (see :mod:`fxfreeze.binding`).
+        dims: smallest and largest size (None: unbounded) of every symbolic dim.
+        folds: adapters folded into a constant whose rounding has not been measured yet.
+    """
+
+    graph: Graph
+    state: dict[str, torch.Tensor]
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[str, ...]
+    structure: dict[str, Any]
+    dims: dict[str, tuple[int, int | None]] = field(default_factory=dict)
+    folds: dict[str, Fold] = field(default_factory=dict)
+
+    # ------------------------------------------------------------------ reading
+
+    def __str__(self) -> str:
+        return "\n".join(_format_node(self, node) for node in self.graph.nodes)
+
+    @property
+    def placeholders(self) -> list[Node]:
+        return [node for node in self.graph.nodes if node.op == "placeholder"]
+
+    @property
+    def output_nodes(self) -> tuple[Node, ...]:
+        return tuple(self.graph.output_node().args[0])  # type: ignore[arg-type]
+
+    @property
+    def fake_mode(self) -> FakeTensorMode:
+        """The mode every ``meta["val"]`` belongs to; it knows the symbolic sizes."""
+        for node in self.graph.nodes:
+            if isinstance(value := node.meta.get("val"), torch._subclasses.FakeTensor):
+                return value.fake_mode
+        return FakeTensorMode(allow_non_fake_inputs=True)
+
+    def constant(self, node: Any) -> torch.Tensor | None:
+        """The tensor behind a ``get_attr`` node, or None when `node` is anything else."""
+        return self.state.get(str(node.target)) if isinstance(node, Node) and node.op == "get_attr" else None
+
+    def constant64(self, node: Any) -> torch.Tensor | None:
+        """Like :meth:`constant`, in float64 (complex128) when it holds floating (complex) numbers."""
+        value = self.constant(node)
+        return None if value is None else lift(value)
+
+    def module_path(self, node: Node) -> str:
+        """Path of the module whose forward made `node`, as the user knows it; "" for the model itself."""
+        stack = node.meta.get("nn_module_stack") or {}
+        return next(reversed(stack.values()))[0] if stack else ""
+
+    def module_classes(self, node: Node) -> dict[str, str]:
+        """Every module around `node`, outermost first: path → qualified class name."""
+        return dict((node.meta.get("nn_module_stack") or {}).values())
+
+    def source_line(self, node: Node) -> str | None:
+        """``file:line`` of the innermost user frame that made `node`, when export recorded one."""
+        frames = re.findall(r'File "([^"]+)", line (\d+)', node.meta.get("stack_trace") or "")
+        return f"{frames[-1][0].rsplit('/', 1)[-1]}:{frames[-1][1]}" if frames else None
+
+    def where(self, node: Node) -> str:
+        """`node` for an error message: module path, operator and source line."""
+        line = self.source_line(node)
+        return f"{self.module_path(node) or '<model>'} ({node.target}{', ' + line if line else ''})"
+
+    def sites(self) -> dict[str, tuple[Node, ...]]:
+        """Module path → operator nodes, in graph order.
+
+        A node belongs to the module whose forward ran it, and also to the module that owns a parameter it reads:
+        ``nn.MultiheadAttention`` never calls the forward of its ``out_proj``, yet that is what its user calls it.
+        """
+        found: dict[str, dict[Node, None]] = {}
+        for node in self.graph.nodes:
+            if node.op != "call_function":
+                continue
+            owners = [str(arg.target).rpartition(".")[0] for arg in node.all_input_nodes if arg.op == "get_attr"]
+            for path in [self.module_path(node), *owners]:
+                found.setdefault(path, {})[node] = None
+        return {path: tuple(nodes) for path, nodes in found.items()}
+
+    def module_paths(self) -> dict[str, str]:
+        """Every module path a node names, with its class: what an `at=` pattern can match."""
+        found: dict[str, str] = {}
+        for node in self.graph.nodes:
+            found.update(self.module_classes(node))
+        for path in self.sites():
+            found.setdefault(path, "")
+        found.pop("", None)
+        return found
+
+    # ------------------------------------------------------------------ rewriting
+
+    def add_constant(
+        self, name: str, value: torch.Tensor, *, dtype: torch.dtype | None = None, before: Node, like: Node
+    ) -> Node:
+        """A new ``get_attr`` node before `before` holding `value`, stored as `dtype` (default: its own) in the end.
+
+        The name is made unique; provenance is copied from `like`.
+        """
+        name = self._unique_name(name)
+        self.state[name] = value
+        with self.graph.inserting_before(before):
+            node = self.graph.create_node("get_attr", name)
+        with self.fake_mode as mode:
+            fake = mode.from_tensor(value.detach(), static_shapes=True)
+            node.meta["val"] = fake if dtype in (None, fake.dtype) else fake.to(dtype)
+        _copy_provenance(like, node)
+        return node
+
+    def call(self, target: Callable[..., Any], *args: Any, before: Node, like: Node, **kwargs: Any) -> Node:
+        """A new operator call before `before`; its shape and dtype are computed, so a misfit raises here.
+
+        Raises:
+            PassError: the operator refuses these shapes or dtypes.
+        """
+        with self.graph.inserting_before(before):
+            node = self.graph.call_function(target, args, kwargs)
+        _copy_provenance(like, node)
+        try:
+            self.infer(node)
+        except Exception as error:
+            self.graph.erase_node(node)
+            raise PassError(
+                f"{target} refuses these operands: {_first_line(error)}", where=self.module_path(like)
+            ) from error
+        return node
+
+    def infer(self, node: Node) -> None:
+        """Compute ``meta["val"]`` of `node` from its operands' under the fake tensor mode."""
+        args, kwargs = torch.fx.map_arg((node.args, dict(node.kwargs)), lambda n: n.meta["val"])
+        with self.fake_mode, torch.no_grad():
+            node.meta["val"] = node.target(*args, **kwargs)  # type: ignore[operator]
+
+    def replace(self, old: Node, new: Node) -> None:
+        """Let every user of `old` read `new` instead; `old` stays until :meth:`sweep`."""
+        old.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)
+
+    def sweep(self) -> int:
+        """Remove operators nothing reads and constants nothing names; the number of operators removed."""
+        removed = 0
+        for node in reversed(list(self.graph.nodes)):
+            if node.op in ("call_function", "get_attr") and not node.users and not is_effectful(node):
+                self.graph.erase_node(node)
+                removed += node.op == "call_function"
+        used = {str(node.target) for node in self.graph.nodes if node.op == "get_attr"}
+        for name in [name for name in self.state if name not in used]:
+            del self.state[name]
+            self.folds.pop(name, None)
+        return removed
+
+    def clone(self) -> Program:
+        """A copy whose graph is its own and whose tensors are shared."""
+        graph: Graph = Graph()
+        mapping: dict[Node, Node] = {}
+        result = graph.graph_copy(self.graph, mapping)
+        output = graph.output(result)
+        for old, new in mapping.items():
+            new.meta = dict(old.meta)
+        output.meta = dict(self.graph.output_node().meta)
+        return Program(
+            graph, dict(self.state), self.inputs, self.outputs, self.structure, dict(self.dims), dict(self.folds)
+        )
+
+    def _unique_name(self, name: str) -> str:
+        candidate, count = name, 1
+        while candidate in self.state:
+            candidate, count = f"{name}_{count}", count + 1
+        return candidate
+
+    # ------------------------------------------------------------------ checking
+
+    def fingerprint(self) -> str:
+        """Changes exactly when the graph or the identity of a constant changes; only meaningful in this process."""
+        return self._digest(lambda name, node: (name, id(self.state.get(name))))
+
+    def structural_hash(self) -> str:
+        """SHA-256 over operators, edges, attributes, and shapes and dtypes of constants; names do not count."""
+
+        def describe(name: str, node: Node) -> object:
+            value = node.meta.get("val", self.state[name])
+            return tuple(int(size) for size in value.shape), str(value.dtype)
+
+        return self._digest(describe)
+
+    def _digest(self, describe: Callable[[str, Node], object]) -> str:
+        digest, index = hashlib.sha256(), {}
+
+        def refer(value: Any) -> str:
+            if isinstance(value, Node):
+                return f"%{index.get(value, '?')}"
+            if isinstance(value, Mapping):
+                return "{" + ",".join(f"{key}:{refer(item)}" for key, item in value.items()) + "}"
+            if isinstance(value, list | tuple):
+                return "[" + ",".join(map(refer, value)) + "]"
+            return f"{type(value).__name__}:{value}"
+
+        for spec in self.inputs:
+            digest.update(repr((spec.name, str(spec.dtype), spec.shape)).encode())
+        for position, node in enumerate(self.graph.nodes):
+            index[node] = position
+            what = describe(str(node.target), node) if node.op == "get_attr" else _target_name(node)
+            digest.update(f"{node.op}|{what}|{refer(node.args)}|{refer(node.kwargs)}\n".encode())
+        return digest.hexdigest()
+
+    def verify(self) -> None:
+        """Check every invariant of the IR.
+
+        Raises:
+            PassError: names the first node that breaks one.
+        """
+        try:
+            self.graph.lint()
+        except Exception as error:
+            raise PassError(f"the graph is malformed: {_first_line(error)}") from error
+        placeholders = self.placeholders
+        if len(placeholders) != len(self.inputs):
+            raise PassError(f"{len(placeholders)} placeholders for {len(self.inputs)} declared inputs")
+        for node in self.graph.nodes:
+            if problem := self._problem(node):
+                raise PassError(f"{node.format_node() or node.name}: {problem}", where=self.where(node))
+
+    def _problem(self, node: Node) -> str | None:
+        if node.op == "output":
+            results = node.args[0]
+            if not isinstance(results, list | tuple) or not all(isinstance(item, Node) for item in results):
+                return "the output is not a flat tuple of nodes"
+            if len(results) != len(self.outputs):
+                return f"{len(results)} results for {len(self.outputs)} declared outputs"
+            return None
+        if node.op not in ("placeholder", "get_attr", "call_function"):
+            return f"{node.op} has no place in a Program"
+        if "val" not in node.meta:
+            return "it carries no shape and dtype"
+        if node.op == "get_attr":
+            return self._constant_problem(node)
+        if node.op == "call_function" and not is_operator(node.target):
+            return f"{node.target} is neither an operator nor a function on sizes"
+        if node.op == "call_function" and is_mutating(node.target):
+            return "it writes to an operand; a Program is functional"
+        return None
+
+    def _constant_problem(self, node: Node) -> str | None:
+        value, declared = self.state.get(str(node.target)), node.meta["val"]
+        if value is None:
+            return "its constant is missing"
+        if tuple(value.shape) != tuple(declared.shape):
+            return f"its constant has shape {tuple(value.shape)}, the node says {tuple(declared.shape)}"
+        if value.dtype != declared.dtype and value.dtype != lift_dtype(declared.dtype):
+            return f"its constant is {value.dtype}, the node says {declared.dtype}"
+        return None
+
+    # ------------------------------------------------------------------ running
+
+    def execute(
+        self,
+        inputs: Sequence[torch.Tensor],
+        load: Callable[[Node], torch.Tensor],
+        call: Callable[[Node, tuple[Any, ...], dict[str, Any]], Any],
+    ) -> tuple[torch.Tensor, ...]:
+        """Run the graph node by node: `load` fetches a constant, `call` performs an operator.
+
+        A constant is fetched where it is used and every value is dropped after its last use, so that a run in a wider
+        dtype needs room for one wide weight, not for all of them.
+        """
+        values: dict[Node, Any] = {}
+        last = _last_uses(self.graph)
+        feed = iter(inputs)
+
+        def read(node: Node) -> Any:
+            return load(node) if node.op == "get_attr" else values[node]
+
+        for node in self.graph.nodes:
+            if node.op == "placeholder":
+                values[node] = next(feed)
+            elif node.op == "call_function":
+                args, kwargs = torch.fx.map_arg((node.args, dict(node.kwargs)), read)
+                values[node] = call(node, args, kwargs)
+                del args, kwargs
+            elif node.op == "output":
+                return tuple(read(item) for item in node.args[0])  # type: ignore[union-attr, arg-type]
+            for dead in last.get(node, ()):
+                values.pop(dead, None)
+        raise PassError("the graph has no output")
+
+    @torch.no_grad()
+    def run(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Run in the storage dtypes: flat tensors in, flat tuple out."""
+        return self.execute(
+            inputs,
+            lambda node: self.state[str(node.target)].to(node.meta["val"].dtype),
+            lambda node, args, kwargs: node.target(*args, **kwargs),  # type: ignore[operator]
+        )
+
+    def graph_module(self, trainable: Iterable[str] = ()) -> GraphModule:
+        """An executable module: flat tensors in, flat tuple out, constants as buffers in their storage dtypes.
+
+        Constants named in `trainable` become parameters that require grad. The module's graph is a copy.
+        """
+        wanted, root, copy = set(trainable), torch.nn.Module(), self.clone()
+        targets: dict[str, str] = {}
+        for node in copy.graph.nodes:
+            if node.op != "get_attr":
+                continue
+            name = str(node.target)
+            if name not in targets:
+                value = self.state[name].to(node.meta["val"].dtype)
+                targets[name] = _attach(root, name, value, trainable=name in wanted)
+            node.target = targets[name]
+        module = GraphModule(root, copy.graph, class_name="FrozenProgram")
+        module.eval()
+        return module
+
+
+def lift_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float64 for a floating dtype, complex128 for a complex one, else `dtype` itself."""
+    if dtype.is_complex:
+        return torch.complex128
+    return torch.float64 if dtype.is_floating_point else dtype
+
+
+def lift(value: torch.Tensor) -> torch.Tensor:
+    """`value` in float64 (complex128) when it holds floating (complex) numbers, else `value`."""
+    return value.detach().to(lift_dtype(value.dtype))
+
+
+def is_operator(target: Any) -> bool:
+    """Whether a call target may stand in a Program."""
+    if isinstance(target, torch._ops.OpOverload | torch._ops.HigherOrderOperator):
+        return True
+    return target in SYMBOLIC_FUNCTIONS or getattr(target, "__module__", "") in ("math", "torch.fx.experimental.sym_node")
+
+
+def is_mutating(target: Any) -> bool:
+    """Whether an operator's schema says that it writes to an operand."""
+    return isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable
+
+
+def is_random(node: Node) -> bool:
+    """Whether two calls of this node may give different numbers."""
+    return isinstance(node.target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags
+
+
+def is_effectful(node: Node) -> bool:
+    """Whether a node must stay although nothing reads it: a run-time assertion."""
+    return isinstance(node.target, torch._ops.OpOverload) and "_assert" in node.target._schema.name
+
+
+def _copy_provenance(source: Node, node: Node) -> None:
+    for key in ("nn_module_stack", "stack_trace", "fxfreeze"):
+        if key in source.meta:
+            node.meta[key] = source.meta[key]
+
+
+def _attach(root: torch.nn.Module, name: str, value: torch.Tensor, *, trainable: bool) -> str:
+    """Register `value` under its dotted name, or under a flat one where a part of it already means something."""
+    *path, last = name.split(".")
+    owner: torch.nn.Module | None = root
+    for part in path:
+        owner = _child(owner, part)
+    if owner is None or _taken(owner, last):
+        owner, last = root, "constant_" + re.sub(r"\W", "_", name)
+        while hasattr(root, last):
+            last += "_"
+        path = []
+    if trainable:
+        owner.register_parameter(last, torch.nn.Parameter(value.detach().clone()))
+    else:
+        owner.register_buffer(last, value.detach())
+    return ".".join([*path, last])
+
+
+def _child(owner: torch.nn.Module | None, name: str) -> torch.nn.Module | None:
+    """The submodule `name` of `owner`, made if need be; None where the name is not free for one."""
+    if owner is None or (name not in owner._modules and _taken(owner, name)):
+        return None
+    if name not in owner._modules:
+        owner.add_module(name, torch.nn.Module())
+    return owner._modules[name]
+
+
+def _taken(owner: torch.nn.Module, name: str) -> bool:
+    # GraphModule's own attributes count too: the constants are copied onto one.
+    return not name or hasattr(owner, name) or hasattr(GraphModule, name) or name in ("graph", "training")
+
+
+def _last_uses(graph: Graph) -> dict[Node, list[Node]]:
+    seen: set[Node] = set()
+    last: dict[Node, list[Node]] = {}
+    for node in reversed(graph.nodes):
+        for operand in [node, *node.all_input_nodes]:
+            if operand not in seen:
+                seen.add(operand)
+                last.setdefault(node, []).append(operand)
+    return last
+
+
+def _target_name(node: Node) -> str:
+    return str(node.target) if node.op == "call_function" else node.op
+
+
+def _first_line(error: BaseException) -> str:
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def _format_node(program: Program, node: Node) -> str:
+    if node.op == "output":
+        return f"return ({', '.join(map(str, node.args[0]))})"  # type: ignore[arg-type]
+    value = node.meta.get("val")
+    kind = f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}" if isinstance(value, torch.Tensor) else ""
+    if node.op == "placeholder":
+        return f"{node.name}: {kind} = input"
+    if node.op == "get_attr":
+        return f"{node.name}: {kind} = constant {node.target}"
+    operands = [*map(str, node.args), *(f"{key}={item}" for key, item in node.kwargs.items())]
+    path = program.module_path(node)
+    line = f"{node.name}: {kind} = {node.target}({', '.join(operands)})"
+    return f"{line}  # {path}" if path else line

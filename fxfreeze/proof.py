@@ -1,0 +1,161 @@
+"""Equivalence of programs: algebra apart from rounding.
+
+An exact pass must leave the function unchanged in real arithmetic. The proof runs the program before and after it with
+every float lifted to float64 (complex to complex128), where rounding is near 1e-16, and demands a relative error of at
+most 1e-10: far above what rounding explains, far below what a wrong rewrite causes. It is a test on drawn inputs, not
+a derivation, but it is a test of the whole function at the model's own weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import torch
+from torch.fx import Node
+
+from .errors import FxfreezeError, ProofError
+from .program import Program, lift, lift_dtype
+
+TOLERANCE = 1e-10
+Verify = Literal["full", "sampled", "off"]
+
+
+@dataclass(frozen=True)
+class ProofRow:
+    """One verdict: which pass, exact or lossy, the largest relative error over outputs and draws, and the bound."""
+
+    pass_name: str
+    exact: bool
+    error: float
+    tolerance: float | None
+    draws: int
+    outputs: int
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@torch.no_grad()
+def lifted_run(program: Program, inputs: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    """Run `program` with every floating tensor and dtype argument in float64; random operators draw from seed 0.
+
+    Args:
+        inputs: flat tensors in the program's own dtypes.
+
+    Returns:
+        The flat outputs, floating ones in float64, complex ones in complex128.
+    """
+    devices = sorted({value.device.index or 0 for value in inputs if value.is_cuda})
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(0)
+        return program.execute(
+            [lift(value) for value in inputs], lambda node: lift(program.state[str(node.target)]), _lifted_call
+        )
+
+
+def _lifted_call(node: Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return _lift_any(node.target(*_lift_any(args), **_lift_any(kwargs)))  # type: ignore[operator]
+
+
+def _lift_any(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return lift(value)
+    if isinstance(value, torch.dtype):
+        return lift_dtype(value)
+    if isinstance(value, list | tuple):
+        return type(value)(map(_lift_any, value))
+    if isinstance(value, dict):
+        return {key: _lift_any(item) for key, item in value.items()}
+    return value
+
+
+def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    """max|actual − expected| / max|expected|; 0 for equal tensors, inf where NaN, Inf, shape or dtype kind disagree.
+
+    Integers and bools: the share of elements that differ.
+    """
+    if actual.shape != expected.shape or actual.is_floating_point() != expected.is_floating_point():
+        return float("inf")
+    if expected.numel() == 0:
+        return 0.0
+    if not (expected.is_floating_point() or expected.is_complex()):
+        return float((actual != expected).double().mean())
+    actual, expected = lift(actual), lift(expected)
+    finite = torch.isfinite(expected)
+    if not bool(finite.all()):
+        odd_equal = (actual == expected) | (actual.isnan() & expected.isnan())
+        if not bool((odd_equal | finite).all()) or not bool((torch.isfinite(actual) | ~finite).all()):
+            return float("inf")
+        actual, expected = actual[finite], expected[finite]
+        if expected.numel() == 0:
+            return 0.0
+    gap, scale = float((actual - expected).abs().max()), float(expected.abs().max())
+    if gap != gap:
+        return float("inf")
+    return 0.0 if gap == 0 else gap / scale if scale > 0 else float("inf")
+
+
+class Prover:
+    """Compares a program with itself as passes rewrite it, on the same drawn inputs throughout.
+
+    The outputs of the last accepted state are kept, so every pass costs one lifted run per draw.
+
+    Args:
+        program: the program before the first pass.
+        draws: lists of flat inputs; an empty sequence turns the prover off.
+    """
+
+    def __init__(self, program: Program, draws: Sequence[Sequence[torch.Tensor]]) -> None:
+        self.draws = [list(draw) for draw in draws]
+        self.names = program.outputs
+        self.rows: list[ProofRow] = []
+        self.truth = [self._run(program, draw, "capture") for draw in self.draws]
+        self._refuse_vacuous()
+
+    def accept(self, pass_name: str, program: Program, *, exact: bool) -> ProofRow | None:
+        """Compare `program` with its last accepted state and make it the new one.
+
+        Raises:
+            ProofError: an exact pass moved an output by more than the tolerance; names pass, output and error.
+        """
+        if not self.draws:
+            return None
+        after = [self._run(program, draw, pass_name) for draw in self.draws]
+        worst, worst_name = 0.0, ""
+        for now, before in zip(after, self.truth, strict=True):
+            for name, actual, expected in zip(self.names, now, before, strict=True):
+                error = relative_error(actual, expected)
+                if error > worst:
+                    worst, worst_name = error, name
+        if exact and worst > TOLERANCE:
+            raise ProofError(
+                f"pass {pass_name!r} is not exact: output {worst_name!r} moved by {worst:.3g} (bound {TOLERANCE:.0e})",
+                where=pass_name, hint="this is a defect of the pass; the program it would have made was thrown away",
+            )  # fmt: skip
+        row = ProofRow(pass_name, exact, worst, TOLERANCE if exact else None, len(self.draws), len(self.names))
+        self.rows.append(row)
+        self.truth = after
+        return row
+
+    def _run(self, program: Program, draw: Sequence[torch.Tensor], when: str) -> tuple[torch.Tensor, ...]:
+        try:
+            return lifted_run(program, draw)
+        except FxfreezeError:
+            raise
+        except Exception as error:
+            raise ProofError(
+                f"the program does not run in float64 after {when!r}: {str(error).strip().splitlines()[0]}",
+                where=when, hint="pass example_inputs the model accepts; verify='off' compiles without proofs",
+            ) from error  # fmt: skip
+
+    def _refuse_vacuous(self) -> None:
+        """A NaN output equals any other NaN output: on such inputs a proof would say nothing."""
+        for outputs in self.truth:
+            for name, value in zip(self.names, outputs, strict=True):
+                if value.is_floating_point() and value.numel() and bool(value.isnan().all()):
+                    raise ProofError(
+                        f"output {name!r} is NaN on the drawn inputs, so nothing could be proven", where=name,
+                        hint="pass example_inputs, or give the input a range with low= and high=",
+                    )  # fmt: skip
