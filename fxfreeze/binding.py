@@ -12,8 +12,8 @@ How outputs nest is kept as plain JSON (the manifest of an artifact holds it)::
     {"kind": "none"}
 
 Dataclasses (and the outputs of transformers, which are mappings) come back as dicts by field name, named tuples as
-tuples whose leaves are named by field. Only pure Python and torch here: the functions are traced by torch.export as part
-of the capture wrapper, so everything that is not needed to move a tensor (suggestions, listings) happens only on error.
+tuples whose leaves are named by field. Only pure Python and torch here: torch.export traces these functions as part of
+the capture wrapper, so what is not needed to move a tensor (suggestions, listings) happens only on error.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def flatten_inputs(
     tops = top_level(names)
     if len(args) > len(tops):
         raise error(f"{len(args)} positional inputs were passed, {len(tops)} are known: {_listing(tops)}")
-    values: dict[str, Any] = dict(zip(tops, args))
+    values: dict[str, Any] = dict(zip(tops, args, strict=False))
     direct: dict[str, Any] = {}
     for key, value in kwargs.items():
         if key in values:
@@ -221,7 +221,7 @@ def _children(value: Any, path: str) -> list[tuple[str, str, Any]] | None:
     if isinstance(value, (tuple, list)):
         keys = list(getattr(value, "_fields", ())) or [str(index) for index in range(len(value))]
         named = [f"{path}.{key}" if path else (f"output_{key}" if key.isdigit() else key) for key in keys]
-        return list(zip(keys, named, value))
+        return list(zip(keys, named, value, strict=True))
     if isinstance(value, Mapping):  # before dataclasses: the outputs of transformers are both, and hide absent fields
         if not all(isinstance(key, str) for key in value):
             return None

@@ -14,6 +14,7 @@ import traceback
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -32,11 +33,21 @@ from .program import Program, TensorSpec, is_operator
 _WRAPPED = "model"
 
 
+class Observation:
+    """How a model's outputs nest and what they are called, noted while it runs.
+
+    An object of its own, because torch.export puts a module's attributes back after a trace.
+    """
+
+    structure: dict[str, Any] | None = None
+    names: tuple[str, ...] = ()
+
+
 class FlatModel(nn.Module):
     """The user's model behind flat tensors: what is exported, and the eager reference everything is compared with.
 
     Attributes:
-        observed: after a call, ``[structure, names]`` of its outputs (see :mod:`fxfreeze.binding`).
+        observed: structure and names of the outputs, once it was called (see :mod:`fxfreeze.binding`).
     """
 
     def __init__(self, model: nn.Module, inputs: Sequence[str], outputs: Sequence[str] | None) -> None:
@@ -44,8 +55,7 @@ class FlatModel(nn.Module):
         self.model = model
         self.inputs, self.selected = tuple(inputs), tuple(outputs) if outputs is not None else None
         self.positional, self.keywords = bind_names(model, self.inputs)
-        # A list changed in place: torch.export puts attributes that are assigned during a trace back.
-        self.observed: list[Any] = []
+        self.observed = Observation()
 
     def forward(self, *flat: torch.Tensor) -> tuple[torch.Tensor, ...]:
         nested = nest(self.inputs, flat)
@@ -55,7 +65,7 @@ class FlatModel(nn.Module):
         if self.selected is not None:
             result = select(result, self.selected)
         structure, names, tensors = describe(result)
-        self.observed[:] = [structure, tuple(names)]
+        self.observed.structure, self.observed.names = structure, tuple(names)
         return tuple(tensors)
 
 
@@ -155,7 +165,7 @@ def capture(model: nn.Module, plan: Plan, examples: Sequence[torch.Tensor] | Non
     inputs = sampling.sample_inputs(specs, sizes, seed=0, examples=examples)
     with frozen(model), _quiet():
         exported = _export(flat, inputs, specs, dims)
-        if not flat.observed:  # a strict trace leaves no side effects
+        if flat.observed.structure is None:  # a strict trace leaves no side effects
             flat(*inputs)
     _check_dims(exported, specs)
     _refuse_state_writes(exported)
@@ -164,9 +174,9 @@ def capture(model: nn.Module, plan: Plan, examples: Sequence[torch.Tensor] | Non
         with frozen(model), _quiet():
             graph, state = _unlift(exported.run_decompositions({}))
     normalise(graph)
-    structure, names = flat.observed
-    program = Program(graph, state, specs, names, structure, dims)
+    program = Program(graph, state, specs, flat.observed.names, flat.observed.structure or {}, dims)
     program.sweep()
+    program.inputs = tuple(map(_with_range, specs, program.placeholders))
     _refuse_batch_statistics(program)
     return program, flat
 
@@ -297,6 +307,15 @@ def _refuse_state_writes(exported: ExportedProgram) -> None:
                 "forward writes to a buffer, so the model is not frozen", where=_user_name(item.target or ""),
                 hint="reset the state inside forward, or pass it in and out as tensors",
             )  # fmt: skip
+
+
+def _with_range(spec: TensorSpec, placeholder: Node) -> TensorSpec:
+    """Let indices that the plan gives no range reach every row of the tables they index."""
+    if spec.high is not None or spec.dtype not in (torch.int64, torch.int32):
+        return spec
+    tables = [user.args[0].meta["val"].shape[0] for user in placeholder.users
+              if user.target is torch.ops.aten.embedding.default and user.args[1] is placeholder]  # fmt: skip
+    return replace(spec, low=spec.low or 0, high=min(tables) - 1) if tables else spec
 
 
 def _refuse_batch_statistics(program: Program) -> None:

@@ -15,9 +15,7 @@ class FxfreezeError(Exception):
     def __init__(
         self, what: str, *, where: str | None = None, line: str | None = None, hint: str | None = None
     ) -> None:
-        super().__init__(
-            what
-        )  # only `what`, so that copying and pickling rebuild the error from args and __dict__
+        super().__init__(what)  # only `what`, so that copying and pickling rebuild the error from args and __dict__
         self.what = what
         self.where = where
         self.line = line

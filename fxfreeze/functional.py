@@ -93,7 +93,8 @@ def _twin(target: Any) -> Any | None:
     written = [argument for argument in target._schema.arguments if argument.alias_info and argument.alias_info.is_write]
     if overload is None or overload._schema.is_mutable or len(written) != 1:
         return None
-    same = [argument.name for argument in overload._schema.arguments] == [a.name for a in target._schema.arguments]
+    # Types, not names: dropout_(self, …) is dropout(input, …).
+    same = [str(a.type) for a in overload._schema.arguments] == [str(a.type) for a in target._schema.arguments]
     return overload if same and written[0] is target._schema.arguments[0] else None
 
 

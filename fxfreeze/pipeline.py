@@ -15,7 +15,7 @@ from .errors import PassError, PlanError
 from .proof import Prover, Verify
 from .program import Program
 from .rewrite import STAGES, Context, Pass
-from .sampling import dim_choices, sample_inputs, symbolic_dims, tracing_sizes
+from .sampling import sample_inputs, tracing_sizes
 
 _DRAWS = {"full": 2, "sampled": 1, "off": 0}
 
@@ -47,19 +47,10 @@ def proof_draws(
     """
     if verify not in _DRAWS:
         raise PlanError(f"verify={verify!r}", hint="use 'full', 'sampled' or 'off'")
-    if not _DRAWS[verify]:
-        return []
-    small = tracing_sizes(program.inputs, program.dims, None) if examples is None else {}
-    sizes = [small or tracing_sizes(program.inputs, program.dims, examples)]
-    if symbolic_dims(program.inputs):
-        # Examples vouch for their own sizes; other sizes are only asked of dims that bounds or defaults allow.
-        sizes.append(_grown(sizes[0], program))
-    else:
-        sizes.append(sizes[0])
-    return [
-        sample_inputs(program, size, seed=seed, examples=examples if seed == 0 or examples is not None else None)
-        for seed, size in enumerate(sizes[: _DRAWS[verify]])
-    ]
+    sizes = tracing_sizes(program.inputs, program.dims, examples)
+    # The second draw has other sizes, so that a rewrite that is right for one size only is caught.
+    draws = [sizes, _grown(sizes, program)][: _DRAWS[verify]]
+    return [sample_inputs(program, size, seed=seed, examples=examples) for seed, size in enumerate(draws)]
 
 
 def _grown(sizes: dict[str, int], program: Program) -> dict[str, int]:

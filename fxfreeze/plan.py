@@ -16,6 +16,7 @@ import math
 import operator
 import os
 import re
+import sys
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -40,18 +41,14 @@ def _is_symbol(value: Any) -> bool:
 
 def _symbol(value: Any) -> str:
     if not _is_symbol(value):
-        raise refusal(
-            f"must be a name of letters, digits and _ (not starting with a digit), got {brief(value)}"
-        )
+        raise refusal(f"must be a name of letters, digits and _ (not starting with a digit), got {brief(value)}")
     return str(value)
 
 
 def _input_name(value: Any) -> str:
     first, *rest = value.split(".") if isinstance(value, str) else [None]
     if not _is_symbol(first):
-        raise refusal(
-            f"must start with an argument's name, as 'ids', 'batch.ids' or 'feats.0'; got {brief(value)}"
-        )
+        raise refusal(f"must start with an argument's name, as 'ids', 'batch.ids' or 'feats.0'; got {brief(value)}")
     if any(not part or re.search(r"\s", part) for part in rest):
         raise refusal(f"has an empty or blank part between its dots, got {brief(value)}")
     return str(value)
@@ -65,9 +62,7 @@ def _size(value: Any) -> int | str:
     except TypeError:
         size = None
     if size is None or isinstance(value, bool) or size < 1:
-        raise refusal(
-            f"must be a size ≥ 1, or a name such as 'batch' for a dynamic dimension, got {brief(value)}"
-        )
+        raise refusal(f"must be a size ≥ 1, or a name such as 'batch' for a dynamic dimension, got {brief(value)}")
     return size
 
 
@@ -83,9 +78,9 @@ def _dtype(value: Any) -> Any:
 
 
 def _number(value: Any) -> int | float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise refusal(f"must be a finite number, got {brief(value)}")
-    return value
+    if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max:
+        return value
+    raise refusal(f"must be a finite number, got {brief(value)}")
 
 
 def _patterns(value: Any) -> str | tuple[str, ...]:
@@ -150,8 +145,8 @@ class Input(Record):
     """One tensor the model is called with."""
 
     name: Annotated[str, BeforeValidator(_input_name)] = Field(
-        description="Name of the forward argument. Dots reach into nested arguments: 'batch.ids' is the entry "
-        "'ids' of a dict passed as 'batch', 'feats.0' the first item of a list."
+        description="Name of the forward argument. Dots reach into nested arguments: 'batch.ids' is the "
+        "entry 'ids' of a dict passed as 'batch', 'feats.0' the first item of a list."
     )
     shape: Annotated[tuple[Size, ...], BeforeValidator(_shape)] = Field(
         description="Size of each dimension. A number is a fixed size ≥ 1, a name is a symbolic size that "
@@ -241,9 +236,7 @@ class Step(Record):
 class _LowRank(Step):
     """Fields and scale that LoRA and DoRA share."""
 
-    rank: Count = Field(
-        description="Rank r of the update B·A; A is (r, in features), B is (out features, r)."
-    )
+    rank: Count = Field(description="Rank r of the update B·A; A is (r, in features), B is (out features, r).")
     alpha: Number | None = Field(
         default=None, description="Numerator of the scale. Default: rank, so that the scale is 1."
     )
@@ -321,8 +314,8 @@ class Plan(Record):
     )
     targets: tuple[Target, ...] = Field(
         default=("torch",),
-        description="What to emit: 'torch' (a torch.compile callable), 'aoti' (an AOTInductor package), 'onnx' "
-        "(an ONNX file). An empty list stops before emission.",
+        description="What to emit: 'torch' (a torch.compile callable), 'aoti' (an AOTInductor package), "
+        "'onnx' (an ONNX file). An empty list stops before emission.",
     )
     outputs: tuple[Text, ...] | None = Field(
         default=None,
@@ -478,9 +471,7 @@ def _read(file: Path) -> dict[str, Any]:
     except OSError as error:
         raise PlanError(f"cannot read the plan file: {error.strerror}", where=str(file)) from None
     except UnicodeDecodeError as error:
-        raise PlanError(
-            f"a plan file is UTF-8 text, but byte {error.start} is not", where=str(file)
-        ) from None
+        raise PlanError(f"a plan file is UTF-8 text, but byte {error.start} is not", where=str(file)) from None
     except RecursionError:
         raise PlanError("the plan file is nested too deeply", where=str(file)) from None
     except json.JSONDecodeError as error:
@@ -512,11 +503,7 @@ _JSON: dict[str, Any] = {"object_pairs_hook": _no_duplicates}
 def _write(file: Path, data: dict[str, Any]) -> None:
     """Write plain data next to `file`, then move it into place."""
     _check_suffix(file)
-    text = (
-        tomli_w.dumps(data)
-        if file.suffix == ".toml"
-        else json.dumps(data, indent=2, ensure_ascii=False) + "\n"
-    )
+    text = tomli_w.dumps(data) if file.suffix == ".toml" else json.dumps(data, indent=2, ensure_ascii=False) + "\n"
     partial = file.with_name(f".{file.name}.{os.getpid()}.tmp")
     try:
         with open(partial, "wb") as stream:
@@ -532,6 +519,4 @@ def _write(file: Path, data: dict[str, Any]) -> None:
 
 def _check_suffix(file: Path) -> None:
     if file.suffix not in Plan.suffixes:
-        raise PlanError(
-            f"a plan file ends in {' or '.join(Plan.suffixes)}, got {file.name!r}", where=str(file)
-        )
+        raise PlanError(f"a plan file ends in {' or '.join(Plan.suffixes)}, got {file.name!r}", where=str(file))

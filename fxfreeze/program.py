@@ -38,7 +38,7 @@ SYMBOLIC_FUNCTIONS: frozenset[Any] = frozenset(
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """A flat tensor input: its name (dotted when nested), dtype, shape (a string is a symbolic dim), the half-open range
+    """A flat tensor input: its name (dotted when nested), dtype, shape (a string is a symbolic dim), the closed range
     its values are drawn from, and the device it must lie on."""
 
     name: str
@@ -60,11 +60,17 @@ class Origin:
 
 @dataclass(frozen=True)
 class Fold:
-    """What was folded into a constant, kept until rounding shows how much of it survives: base + delta → constant."""
+    """What was folded into a constant, kept until rounding shows how much of it survives.
+
+    Attributes:
+        base: the constant's value without what was folded in; a scale folded into the constant later is folded into
+            this as well. It shares the user's tensor where nothing was.
+        max_loss: the largest ‖rounded − exact‖ / ‖exact − base‖ to put up with.
+    """
 
     step: str
     site: str
-    base: str
+    base: torch.Tensor
     max_loss: float
 
 
@@ -183,6 +189,25 @@ class Program:
         _copy_provenance(like, node)
         return node
 
+    def rebind(self, constant: Node, value: torch.Tensor, *, user: Node) -> Node:
+        """Let `user` read `value` where it reads the ``get_attr`` node `constant`; the storage dtype stays.
+
+        Where something else reads the constant too, that keeps the old one: `user` gets a constant of its own.
+
+        Returns:
+            The node `user` reads now.
+        """
+        readers = {
+            reader for node in self.graph.find_nodes(op="get_attr", target=constant.target) for reader in node.users
+        }
+        if readers <= {user}:
+            self.state[str(constant.target)] = value
+            return constant
+        dtype = constant.meta["val"].dtype
+        own = self.add_constant(str(constant.target), value, dtype=dtype, before=user, like=constant)
+        user.replace_input_with(constant, own)
+        return own
+
     def call(self, target: Callable[..., Any], *args: Any, before: Node, like: Node, **kwargs: Any) -> Node:
         """A new operator call before `before`; its shape and dtype are computed, so a misfit raises here.
 
@@ -246,8 +271,13 @@ class Program:
     # ------------------------------------------------------------------ checking
 
     def fingerprint(self) -> str:
-        """Changes exactly when the graph or the identity of a constant changes; only meaningful in this process."""
-        return self._digest(lambda name, node: (name, id(self.state.get(name))))
+        """Changes when the graph, the identity of a constant or its values change; only meaningful in this process."""
+
+        def identify(name: str, node: Node) -> object:
+            value = self.state.get(name)
+            return name, id(value), value is not None and (value.dtype, version(value))
+
+        return self._digest(identify)
 
     def structural_hash(self) -> str:
         """SHA-256 over operators, edges, attributes, and shapes and dtypes of constants; names do not count."""
@@ -399,6 +429,28 @@ def lift(value: torch.Tensor) -> torch.Tensor:
     return value.detach().to(lift_dtype(value.dtype))
 
 
+def lifted_call(node: Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Perform `node` with every floating tensor and dtype argument in float64 (complex ones in complex128)."""
+    return _lift_any(node.target(*_lift_any(args), **_lift_any(kwargs)))  # type: ignore[operator]
+
+
+def _lift_any(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return lift(value)
+    if isinstance(value, torch.dtype):
+        return lift_dtype(value)
+    if isinstance(value, list | tuple):
+        return type(value)(map(_lift_any, value))
+    if isinstance(value, dict):
+        return {key: _lift_any(item) for key, item in value.items()}
+    return value
+
+
+def version(value: torch.Tensor) -> int:
+    """Grows when something writes to `value` in place (0 for inference tensors, which do not count)."""
+    return 0 if value.is_inference() else value._version
+
+
 def is_operator(target: Any) -> bool:
     """Whether a call target may stand in a Program."""
     if isinstance(target, torch._ops.OpOverload | torch._ops.HigherOrderOperator):
@@ -471,7 +523,12 @@ def _last_uses(graph: Graph) -> dict[Node, list[Node]]:
 
 
 def _target_name(node: Node) -> str:
-    return str(node.target) if node.op == "call_function" else node.op
+    if node.op != "call_function":
+        return node.op
+    if isinstance(node.target, torch._ops.OpOverload | torch._ops.HigherOrderOperator):
+        return str(node.target)
+    # A Python function's str holds its address.
+    return f"{getattr(node.target, '__module__', '')}.{getattr(node.target, '__name__', node.target)}"
 
 
 def _first_line(error: BaseException) -> str:

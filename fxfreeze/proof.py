@@ -13,10 +13,9 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import torch
-from torch.fx import Node
 
 from .errors import FxfreezeError, ProofError
-from .program import Program, lift, lift_dtype
+from .program import Program, lift, lifted_call
 
 TOLERANCE = 1e-10
 Verify = Literal["full", "sampled", "off"]
@@ -51,24 +50,8 @@ def lifted_run(program: Program, inputs: Sequence[torch.Tensor]) -> tuple[torch.
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(0)
         return program.execute(
-            [lift(value) for value in inputs], lambda node: lift(program.state[str(node.target)]), _lifted_call
+            [lift(value) for value in inputs], lambda node: lift(program.state[str(node.target)]), lifted_call
         )
-
-
-def _lifted_call(node: Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    return _lift_any(node.target(*_lift_any(args), **_lift_any(kwargs)))  # type: ignore[operator]
-
-
-def _lift_any(value: Any) -> Any:
-    if isinstance(value, torch.Tensor):
-        return lift(value)
-    if isinstance(value, torch.dtype):
-        return lift_dtype(value)
-    if isinstance(value, list | tuple):
-        return type(value)(map(_lift_any, value))
-    if isinstance(value, dict):
-        return {key: _lift_any(item) for key, item in value.items()}
-    return value
 
 
 def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:

@@ -112,9 +112,7 @@ def _refusals(model: type[BaseModel]) -> Iterator[None]:
     try:
         yield
     except ValidationError as error:
-        problems = [
-            problem for detail in error.errors(include_url=False) for problem in _explain(model, detail)
-        ]
+        problems = [problem for detail in error.errors(include_url=False) for problem in _explain(model, detail)]
         lines = [f"{path}: {text}" if path else text for path, text in problems]
         raise PlanError("\n".join(dict.fromkeys(lines)), where=model.__name__) from None
 
@@ -141,7 +139,8 @@ def _explain(model: type[BaseModel], detail: Any) -> list[Problem]:
         case "union_tag_not_found":
             path, text = _join(path, "kind"), f"missing; known kinds: {', '.join(known)}"
         case "tuple_type" | "dict_type" | "model_type" | "model_attributes_type" as wrong:
-            text = f"must be a {'list' if wrong == 'tuple_type' else 'table of keys and values'}, got {brief(got)}"
+            what = "list" if wrong == "tuple_type" else "table of keys and values"
+            text = f"must be a {what}, got {brief(got)}"
         case "string_too_short":
             text = "must not be empty"
         case _:

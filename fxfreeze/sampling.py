@@ -94,7 +94,7 @@ def sample_inputs(
     seed: int,
     examples: Sequence[torch.Tensor] | None = None,
 ) -> list[torch.Tensor]:
-    """One tensor per input: normal floats, uniform integers in ``[low, high)``, fair bools; or resized examples.
+    """One tensor per input: normal floats, uniform integers in ``[low, high]``, fair bools; or resized examples.
 
     An example is cropped, or repeated, along its symbolic dims, so that its values stay ones the model can meet.
     """
@@ -118,8 +118,8 @@ def _draw(spec: TensorSpec, shape: tuple[int, ...], generator: torch.Generator) 
     if not spec.dtype.is_floating_point and not spec.dtype.is_complex:
         low = int(spec.low or 0)
         # Without a declared range only 0 and 1 are safe: they index any table, and mean something to any mask.
-        high = int(spec.high) if spec.high is not None else low + 2
-        return torch.randint(low, max(high, low + 1), shape, generator=generator, dtype=spec.dtype)
+        high = int(spec.high) if spec.high is not None else low + 1
+        return torch.randint(low, high + 1, shape, generator=generator, dtype=spec.dtype)
     if spec.low is not None and spec.high is not None:
         value = torch.rand(shape, generator=generator, dtype=torch.float64)
         return (spec.low + (spec.high - spec.low) * value).to(spec.dtype)
