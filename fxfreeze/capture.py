@@ -28,7 +28,7 @@ from .binding import describe, flatten_inputs, nest, select, top_level
 from .errors import CaptureError, FxfreezeError
 from .functional import functionalise, normalise
 from .plan import Plan
-from .program import Program, TensorSpec, is_operator
+from .program import Program, TensorSpec, is_effectful, is_operator
 
 _WRAPPED = "model"
 
@@ -168,7 +168,6 @@ def capture(model: nn.Module, plan: Plan, examples: Sequence[torch.Tensor] | Non
         if flat.observed.structure is None:  # a strict trace leaves no side effects
             flat(*inputs)
     _check_dims(exported, specs)
-    _refuse_state_writes(exported)
     graph, state = _unlift(exported)
     if functionalise(graph) is not None:
         with frozen(model), _quiet():
@@ -299,16 +298,6 @@ def _check_dims(exported: ExportedProgram, specs: Sequence[TensorSpec]) -> None:
                 )  # fmt: skip
 
 
-def _refuse_state_writes(exported: ExportedProgram) -> None:
-    """Refuse a forward that writes to the model's own buffers: its result would depend on what ran before."""
-    for item in exported.graph_signature.output_specs:
-        if item.kind is OutputKind.BUFFER_MUTATION:
-            raise CaptureError(
-                "forward writes to a buffer, so the model is not frozen", where=_user_name(item.target or ""),
-                hint="reset the state inside forward, or pass it in and out as tensors",
-            )  # fmt: skip
-
-
 def _with_range(spec: TensorSpec, placeholder: Node) -> TensorSpec:
     """Let indices that the plan gives no range reach every row of the tables they index."""
     if spec.high is not None or spec.dtype not in (torch.int64, torch.int32):
@@ -379,6 +368,8 @@ def _copy_call(exported: ExportedProgram, graph: Graph, node: Node, values: dict
         raise CaptureError(f"{node.target} is not an operator", where=_stack_path(node))
     values[node] = graph.node_copy(node, lambda old: values[old])
     values[node].meta = _user_meta(node.meta)
+    if is_effectful(values[node]):
+        values[node].meta.setdefault("val", None)  # an assertion returns nothing
 
 
 def _inline(graph: Graph, node: Node, values: dict[Any, Any]) -> tuple[Any, ...]:

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
+from .errors import CaptureError
+
 aten = torch.ops.aten
 
 _TWINS: dict[Any, Any] = {
@@ -41,7 +43,7 @@ def functionalise(graph: Graph) -> str | None:
         if twin is None or not isinstance(target, Node):
             return f"{node.target} has no functional twin"
         if alias := _live_alias(target, node, order):
-            return f"{node.target} writes to a value that {alias} still shares"
+            return f"{node.target} writes to a value that {alias} reads through another view"
         node.target = twin
         if twin is aten.zeros_like.default:
             node.args = node.args[:1]
@@ -98,21 +100,33 @@ def _twin(target: Any) -> Any | None:
     return overload if same and written[0] is target._schema.arguments[0] else None
 
 
-def _live_alias(target: Node, write: Node, order: dict[Node, int]) -> Node | None:
-    """A node other than `target` that may share its memory and is read after `write`."""
+def _family(target: Node) -> set[Node]:
+    """Nodes that may share memory with `target`, itself included."""
     family, frontier = {target}, [target]
     while frontier:
         node = frontier.pop()
-        relatives = [source for source in _aliased(node)] + [user for user in node.users if node in _aliased(user)]
-        for relative in relatives:
-            if relative not in family and relative is not write:
-                family.add(relative)
-                frontier.append(relative)
-    at = order[write]
-    for node in family - {target}:
-        if any(order[user] > at for user in node.users if user is not write):
-            return node
-    return None
+        relatives = {*_aliased(node), *(user for user in node.users if node in _aliased(user))} - family
+        family |= relatives
+        frontier.extend(relatives)
+    return family
+
+
+def _live_alias(target: Node, write: Node, order: dict[Node, int]) -> Node | None:
+    """A node other than `target` that may share its memory and is read after `write`.
+
+    Raises:
+        CaptureError: one of them is a constant of the model.
+    """
+    family = _family(target) - {write}
+    for node in family:
+        if node.op == "get_attr":
+            raise CaptureError(
+                "forward writes to a buffer, so the model is not frozen",
+                where=str(node.target),
+                hint="reset the state inside forward, or pass it in and out as tensors",
+            )
+    late = (user for node in family - {target} for user in node.users if user is not write)
+    return next((user for user in late if order[user] > order[write]), None)
 
 
 def _aliased(node: Node) -> list[Node]:
