@@ -9,7 +9,10 @@
 from __future__ import annotations
 
 from ._version import __version__
+from .adapt import AdaptedModule, adapt
+from .adapt import AdaptedModule, adapt
 from .api import compile
+from .artifact import Artifact, load
 from .errors import (
     ArtifactError,
     CaptureError,
@@ -24,6 +27,7 @@ from .plan import IA3, Dim, DoRA, Input, LoRA, Plan
 
 __all__ = [
     "IA3",
+    "AdaptedModule",
     "ArtifactError",
     "CaptureError",
     "Dim",
@@ -38,5 +42,6 @@ __all__ = [
     "PlanError",
     "ProofError",
     "__version__",
+    "adapt",
     "compile",
 ]

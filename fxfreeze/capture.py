@@ -404,7 +404,7 @@ def _user_meta(meta: Mapping[str, Any]) -> dict[str, Any]:
     kept["nn_module_stack"] = {
         key: (re.sub(r"@\d+", "", _user_name(path)), _class_name(kind))
         for key, (path, kind) in stack
-        if path not in ("", _WRAPPED)
+        if path not in ("", _WRAPPED) and not path.startswith("_empty_nn_module_stack")  # torch.export's own filler
     }
     return kept
 

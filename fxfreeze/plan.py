@@ -110,7 +110,11 @@ Flag = Annotated[bool, Strict()]
 Text = Annotated[str, Strict(), Field(min_length=1)]
 Weights = Annotated[str, BeforeValidator(_path)]
 Size = Annotated[int | str, BeforeValidator(_size)]
-Patterns = Annotated[str | tuple[str, ...], BeforeValidator(_patterns)]
+
+if TYPE_CHECKING:
+    Patterns = str | Sequence[str]  # a list is taken too, and kept as a tuple
+else:
+    Patterns = Annotated[str | tuple[str, ...], BeforeValidator(_patterns)]
 
 Target = Literal["torch", "aoti", "onnx"]
 DType = Literal[
@@ -224,7 +228,7 @@ class Step(Record):
     @property
     def patterns(self) -> tuple[str, ...]:
         """`at` as a tuple."""
-        return (self.at,) if isinstance(self.at, str) else self.at
+        return (self.at,) if isinstance(self.at, str) else tuple(self.at)
 
     @model_validator(mode="after")
     def _default_name(self) -> Self:

@@ -49,13 +49,19 @@ class TensorSpec:
     device: torch.device = torch.device("cpu")
 
 
+ADAPTERS = "adapters."
+"""What the name of every constant that a plan step added to be trained begins with."""
+
+
 @dataclass(frozen=True)
 class Origin:
-    """Why a node is there: the plan step that asked for it, the adapter primitive, and the site it acts on."""
+    """Why a node is there: the plan step that asked for it, the adapter primitive, the site it acts on, and which call
+    of the site's module it belongs to where that runs more than once."""
 
     step: str
     primitive: str
     site: str
+    call: int = 0
 
 
 @dataclass(frozen=True)
@@ -170,6 +176,18 @@ class Program:
         found.pop("", None)
         return found
 
+    def trainable(self) -> list[str]:
+        """Names of the constants that plan steps added to be trained, in graph order.
+
+        The name alone does not tell: a user's model may have a module called ``adapters`` too.
+        """
+        found = {
+            str(node.target): None
+            for node in self.graph.nodes
+            if node.op == "get_attr" and str(node.target).startswith(ADAPTERS) and "fxfreeze" in node.meta
+        }
+        return list(found)
+
     # ------------------------------------------------------------------ rewriting
 
     def add_constant(
@@ -189,6 +207,11 @@ class Program:
         _copy_provenance(like, node)
         return node
 
+    def readers(self, constant: Node) -> set[Node]:
+        """Every node that reads the constant which the ``get_attr`` node `constant` names."""
+        same = self.graph.find_nodes(op="get_attr", target=constant.target)
+        return {reader for node in same for reader in node.users}
+
     def rebind(self, constant: Node, value: torch.Tensor, *, user: Node) -> Node:
         """Let `user` read `value` where it reads the ``get_attr`` node `constant`; the storage dtype stays.
 
@@ -197,10 +220,7 @@ class Program:
         Returns:
             The node `user` reads now.
         """
-        readers = {
-            reader for node in self.graph.find_nodes(op="get_attr", target=constant.target) for reader in node.users
-        }
-        if readers <= {user}:
+        if self.readers(constant) <= {user}:
             self.state[str(constant.target)] = value
             return constant
         dtype = constant.meta["val"].dtype

@@ -7,9 +7,27 @@ from __future__ import annotations
 
 from fxfreeze.rewrite import Pass
 
+from .adapt.delta import InsertDelta
+from .clean.common import CommonSubexpressions
+from .clean.constants import FoldConstants, FoldLateConstants
 from .clean.noops import StripNoOps
+from .fold.affine import FoldAffine
+from .fold.delta import FoldDelta
+from .lower.merge import MergeConstants
+from .lower.round import Round
 
 PIPELINE: tuple[Pass, ...] = (
     # clean: what means nothing to a frozen graph
     StripNoOps(),
+    CommonSubexpressions(),
+    FoldConstants(),
+    # adapt: put the plan's adapters in
+    InsertDelta(),
+    # fold: one operator where the model, or an adapter, has several; in float64
+    FoldDelta(),
+    FoldLateConstants(),
+    FoldAffine(),
+    # lower: constants as they are stored
+    MergeConstants(),
+    Round(),
 )

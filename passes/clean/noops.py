@@ -1,7 +1,8 @@
-"""Remove what means nothing to a frozen graph: dropout, assertions, detaches, and copies to the same dtype."""
+"""Remove what means nothing to a frozen graph: dropout, assertions, detaches, copies and moves that change nothing."""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -16,23 +17,25 @@ DROPOUTS = frozenset(
     {aten.dropout.default, aten.feature_dropout.default, aten.alpha_dropout.default,
      aten.feature_alpha_dropout.default}
 )  # fmt: skip
+ALIASES = frozenset({aten.detach.default, aten.alias.default, aten.lift.default})
 COPIES = frozenset(
-    {aten.detach.default, aten.alias.default, aten.clone.default, aten.lift_fresh_copy.default, aten.contiguous.default,
-     aten.lift.default}
+    {aten.clone.default, aten.lift_fresh_copy.default, aten.contiguous.default, aten.to.dtype, aten.to.dtype_layout,
+     aten.to.device, aten.to.other, aten._to_copy.default, aten.type_as.default}
 )  # fmt: skip
-CASTS = frozenset({aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten.to.other, aten._to_copy.default,
-                   aten.type_as.default})  # fmt: skip
-RESHAPES = frozenset({aten.reshape.default, aten.expand.default, aten.flatten.using_ints})
-# Views that fail, or mean something else, on other strides. (aten.view never occurs: capture makes it a reshape.)
+# The identity whenever the result has the operand's shape. (aten.view never occurs: capture makes it a reshape.)
+# Not squeeze: a symbolic dim that the trace saw as 2 may be 1.
+RESHAPES = frozenset({aten.reshape.default, aten.expand.default, aten.flatten.using_ints, aten.slice.Tensor})
+# Views that fail, or mean something else, on other strides.
 STRIDE_READERS = frozenset({aten.view_as_complex.default, aten.view_as_real.default, aten.view.dtype,
                             aten.as_strided.default})  # fmt: skip
 
 
 class StripNoOps(Pass):
-    """Forward the operand of every operator that returns it unchanged, and drop run-time assertions.
+    """Forward the operand of every operator that returns it bit for bit, and drop run-time assertions.
 
-    A functional graph has no aliasing to protect, so copies and detaches are identities too. Contracts on input sizes
-    that the assertions stated are checked by the artifact when it binds its inputs.
+    A functional graph has no aliasing to protect, so copies and detaches are identities too; only a copy that keeps a
+    caller's hands off an input or a constant stays. What the assertions said about input sizes is checked by the
+    artifact when it binds its inputs.
     """
 
     name, stage = "strip-noops", "clean"
@@ -46,35 +49,99 @@ class StripNoOps(Pass):
                 # The condition it looked at dies with it in the sweep.
                 program.graph.erase_node(node)
                 count += 1
-            elif node.users and is_noop(node):
-                program.replace(node, node.args[0])  # type: ignore[arg-type]
+            elif node.users and (operand := unchanged_operand(node)) is not None:
+                program.replace(node, operand)
                 count += 1
         return count
 
 
-def is_noop(node: Node) -> bool:
-    """Whether `node` returns its first operand, values, shape, dtype and all."""
-    source = node.args[0] if node.args else None
-    if not isinstance(source, Node):
-        return False
+def unchanged_operand(node: Node) -> Node | None:
+    """The operand that `node` returns as it is (values, shape, dtype, device), or None."""
+    operand = _first_operand(node)
+    if operand is None or not _same_kind(node.meta.get("val"), operand.meta.get("val")):
+        return None
     if node.target in DROPOUTS:
-        return not node.args[2]
+        return operand if not node.args[2] or node.args[1] == 0 else None
     if node.target in COPIES:
-        return not _fixes_strides(node)
-    if node.target in CASTS or node.target in RESHAPES:
-        return _same_value_type(node.meta["val"], source.meta["val"])
-    return False
+        return None if _asks_for_layout(node) or _feeds_stride_reader(node) or _guards(node, operand) else operand
+    if node.target in ALIASES or node.target in RESHAPES or _moves_nothing(node) or _neutral(node):
+        return operand
+    return None
 
 
-def _fixes_strides(node: Node) -> bool:
-    """Whether a copy is there for its memory layout: a format is asked for, or a reader depends on strides."""
-    asks = "memory_format" in node.kwargs or any(isinstance(arg, torch.memory_format) for arg in node.args)
-    return asks or any(user.target in STRIDE_READERS for user in node.users)
+def _first_operand(node: Node) -> Node | None:
+    first = node.args[0] if node.args else None
+    if node.target is aten.cat.default and isinstance(first, list | tuple) and len(first) == 1:
+        first = first[0]
+    return first if isinstance(first, Node) else None
 
 
-def _same_value_type(value: Any, source: Any) -> bool:
+def _same_kind(value: Any, source: Any) -> bool:
     if not (isinstance(value, torch.Tensor) and isinstance(source, torch.Tensor)):
         return False
     same = value.dtype == source.dtype and value.device == source.device and value.ndim == source.ndim
     # Sizes must be the same expression: comparing symbols by value would add a guard to the shape environment.
     return same and all(str(a) == str(b) for a, b in zip(value.shape, source.shape, strict=True))
+
+
+def _asks_for_layout(node: Node) -> bool:
+    given = [*node.args, *node.kwargs.values()]
+    plain = (torch.preserve_format, torch.contiguous_format)
+    return any(isinstance(item, torch.memory_format) and item not in plain for item in given)
+
+
+def _feeds_stride_reader(node: Node) -> bool:
+    """Whether a view that depends on strides reads `node`, directly or through other views."""
+    seen, frontier = {node}, [node]
+    while frontier:
+        for user in frontier.pop().users:
+            if user.target in STRIDE_READERS:
+                return True
+            if user not in seen and _may_view(user):
+                seen.add(user)
+                frontier.append(user)
+    return False
+
+
+def _may_view(node: Node) -> bool:
+    """Whether the result of `node` may share memory with its first operand."""
+    if node.target in RESHAPES or node.target in COPIES:
+        return True
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and any(item.alias_info is not None for item in schema.arguments)
+
+
+def _guards(node: Node, operand: Node) -> bool:
+    """Whether a copy is returned to the caller, who would otherwise hold an input or a constant itself."""
+    if all(user.op != "output" for user in node.users):
+        return False
+    while operand.op == "call_function" and _may_view(operand) and isinstance(operand.args[0], Node):
+        operand = operand.args[0]
+    return operand.op in ("placeholder", "get_attr")
+
+
+def _moves_nothing(node: Node) -> bool:
+    ndim = node.meta["val"].ndim
+    if node.target is aten.permute.default:
+        return [dim % ndim for dim in node.args[1]] == list(range(ndim))  # type: ignore[union-attr, operator]
+    if node.target is aten.transpose.int:
+        return ndim == 0 or node.args[1] % ndim == node.args[2] % ndim  # type: ignore[operator]
+    if node.target in (aten.pad.default, aten.constant_pad_nd.default):
+        return all(size == 0 for size in node.args[1])  # type: ignore[union-attr]
+    return node.target is aten.cat.default and len(node.args[0]) == 1  # type: ignore[arg-type]
+
+
+def _neutral(node: Node) -> bool:
+    """x·1, x/1, x−0 and integer x+0, by a Python number. Not floating x+0: it turns −0 into +0."""
+    if len(node.args) != 2 or node.kwargs or type(number := node.args[1]) not in (int, float):
+        return False
+    if node.target in (aten.mul.Tensor, aten.div.Tensor, aten.mul.Scalar, aten.div.Scalar):
+        return number == 1
+    if node.target in (aten.sub.Tensor, aten.sub.Scalar):
+        return number == 0 and math.copysign(1, number) > 0
+    return node.target in (aten.add.Tensor, aten.add.Scalar) and number == 0 and not _is_inexact(node)
+
+
+def _is_inexact(node: Node) -> bool:
+    value = node.meta["val"]
+    return bool(value.is_floating_point() or value.is_complex())

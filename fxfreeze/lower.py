@@ -1,0 +1,172 @@
+"""Program → what a target's compiler takes: one re-export, and `fxfreeze::` operators decomposed where no kernel runs.
+
+The torch target runs the program's own graph module, so an operator of ours stays one call there. AOTInductor and ONNX
+take a ``torch.export.ExportedProgram`` in which every operator of ours has become its plain-torch reference (rule 1 of
+the design: one op, one reference).
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import traceback
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch.export import Dim, ExportedProgram
+from torch.fx import GraphModule, Node
+
+from .errors import EmitError
+from .program import Program
+from .sampling import sample_inputs, tracing_sizes
+
+_KERNELS = "fxfreeze.kernels._op"
+
+
+@dataclass
+class Lowering:
+    """A Program on its way to its targets. It is exported once, when the first target asks.
+
+    Attributes:
+        program: what to emit.
+        examples: flat tensors that the model accepts, resized as needed; None: draw from the plan.
+    """
+
+    program: Program
+    examples: Sequence[torch.Tensor] | None = None
+
+    @cached_property
+    def exported(self) -> ExportedProgram:
+        return export(self.program, examples=self.examples)
+
+
+def references() -> dict[Any, Callable[..., Any]]:
+    """Operator → its plain-torch reference, of every kernel there is (``OPS`` in ``kernels/_op.py``)."""
+    try:
+        kernels = importlib.import_module(_KERNELS)
+    except ModuleNotFoundError as error:
+        if error.name != _KERNELS:
+            raise
+        return {}
+    return {kernel.op: kernel.reference for kernel in kernels.OPS.values()}
+
+
+def lower(
+    program: Program,
+    target: str,
+    *,
+    table: Mapping[Any, Callable[..., Any]] | None = None,
+    examples: Sequence[torch.Tensor] | None = None,
+) -> GraphModule | ExportedProgram:
+    """Lower `program` for `target`: a graph module for "torch", else an exported program (see :func:`export`)."""
+    if target == "torch":
+        return program.graph_module()
+    return export(program, table=table, examples=examples)
+
+
+def export(
+    program: Program,
+    *,
+    table: Mapping[Any, Callable[..., Any]] | None = None,
+    examples: Sequence[torch.Tensor] | None = None,
+) -> ExportedProgram:
+    """Export the program once more, with its named dims dynamic, and decompose the operators of `table`.
+
+    Sizes to trace with are 2 or more wherever the bounds allow, and differ between dims, so that nothing specialises;
+    the result also runs at 1. Module stacks survive, so an error of a target's compiler can be traced to a module.
+
+    Args:
+        program: stays as it is; weights are shared.
+        table: operator → function that replaces it; default :func:`references`.
+        examples: tensors to resize to the tracing sizes; default: drawn from the plan.
+
+    Raises:
+        EmitError: torch.export refuses the graph.
+    """
+    sizes = tracing_sizes(program.inputs, program.dims, None)
+    inputs = sample_inputs(program, sizes, seed=0, examples=examples)
+    module = program.graph_module()
+    for node in module.graph.nodes:
+        # Lines of the user's source would otherwise end up, with their paths, in the files a target writes.
+        node.meta.pop("stack_trace", None)
+    try:
+        with torch.no_grad(), quiet():
+            exported = torch.export.export(module, tuple(inputs), dynamic_shapes=dynamic_shapes(program), strict=False)
+            table = references() if table is None else table
+            present = {node.target for node in exported.graph.nodes} & set(table)
+            if present:
+                exported = exported.run_decompositions({op: table[op] for op in present})
+    except Exception as error:
+        raise emit_error("the rewritten program cannot be exported", error) from error
+    return exported
+
+
+def dynamic_shapes(program: Program) -> tuple[dict[int, Any], ...]:
+    """Per input: axis → the Dim of its name, one Dim per name."""
+    # A minimum of 1 is left unsaid, for torch.export would check that the graph was guarded for exactly that. The
+    # prefix keeps names apart from sympy's own (S, N, I, E …).
+    dims = {
+        name: Dim(f"dim_{name}", min=low if low > 1 else None, max=high)
+        for name, (low, high) in program.dims.items()
+        if low != high  # a dim of one size is no dim
+    }
+    return tuple({axis: dims[size] for axis, size in enumerate(spec.shape) if size in dims} for spec in program.inputs)
+
+
+def emit_error(what: str, error: BaseException) -> EmitError:
+    """An EmitError that says which operator of which module a compiler was at work on when it raised `error`.
+
+    Compilers walk a graph node by node, so the node in question is a local variable of a frame on the error's stack.
+    """
+    links = list(_chain(error))
+    node = next((found for link in reversed(links) if (found := _node_at_fault(link))), None)
+    where = None
+    if node is not None:
+        stack = node.meta.get("nn_module_stack") or {}
+        paths = [path for path, _ in stack.values() if path and "_metadata_hook" not in path]
+        where = f"{paths[-1] if paths else '<model>'}, {node.target}"
+    return EmitError(f"{what}: {_summary(links[-1])}", where=where)
+
+
+def _node_at_fault(error: BaseException) -> Node | None:
+    found = None
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        for name in ("node", "n"):
+            candidate = frame.f_locals.get(name)
+            if isinstance(candidate, Node) and candidate.op == "call_function":
+                found = candidate
+    return found
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    """`error` and its causes, the first cause last."""
+    link: BaseException | None = error
+    while link is not None:
+        yield link
+        link = link.__cause__
+
+
+def _summary(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {' '.join(lines[:2])[:400]}" if lines else type(error).__name__
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep the compilers' advice out of the user's terminal; what matters comes back in an error."""
+    loggers = [logging.getLogger(name) for name in ("torch", "onnxscript", "onnx_ir", "onnx_diagnostic")]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.CRITICAL)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

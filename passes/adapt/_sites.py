@@ -1,0 +1,121 @@
+"""Where an adapter goes: from the globs of a step to the operators it changes.
+
+Every operator with a weight belongs to one module path, the one its user would name: the module that owns the weight
+where that lies below the module that ran the operator (``nn.MultiheadAttention`` runs its ``out_proj`` itself), else
+the module that ran it (a tied ``lm_head`` reads the weight of the token embedding, and is still the ``lm_head``).
+
+A glob takes the matched paths that hold such an operator themselves. It is an error if it takes none; where it takes
+some, every other matched path is refused with its reason, except a container whose layers are all taken.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+
+import torch
+
+from fxfreeze.errors import PlanError
+from fxfreeze.plan import Step
+from fxfreeze.program import Program
+from fxfreeze.rewrite import NoMatch, match_sites
+
+from .._operators import FORMS, WeightOperator, constant_problem, weight_operator
+
+_ADAPTABLE = "Linear, Conv1d/2d/3d, ConvTranspose1d/2d/3d, Embedding and transformers' Conv1D"
+_SHOWN = 6
+
+
+@dataclass
+class Sites:
+    """What the paths of a program offer to an adapter.
+
+    Attributes:
+        operators: path → calls of the one weight it holds, in graph order; several when its module runs repeatedly.
+        refused: path → why an operator with a weight at that path cannot be adapted.
+    """
+
+    program: Program
+    operators: dict[str, list[WeightOperator]] = field(default_factory=dict)
+    refused: dict[str, str] = field(default_factory=dict)
+
+    def reason(self, path: str) -> str:
+        """Why no adapter can act on `path`, in a sentence without a subject."""
+        if path in self.refused:
+            return self.refused[path]
+        if inner := _below(path, self.operators):
+            return f"is a container; name its layers, such as {_some(inner)}"
+        kind = self.program.module_paths().get(path, "").rpartition(".")[2] or "module"
+        ran = [node for node in self.program.sites().get(path, ()) if isinstance(node.target, torch._ops.OpOverload)]
+        read = [node for node in ran if any(item.op == "get_attr" for item in node.all_input_nodes)]
+        runs = f" (it runs {_some(sorted({str(node.target) for node in read or ran}))})" if ran else ""
+        return f"is a {kind}{runs}, which holds no weight that an adapter can act on; {_ADAPTABLE} do"
+
+
+def find_sites(program: Program) -> Sites:
+    """Sort every operator with a weight by the path it belongs to."""
+    sites = Sites(program)
+    for node in program.graph.nodes:
+        if node.op != "call_function" or node.target not in FORMS:
+            continue
+        operator = weight_operator(node)
+        problem = operator if isinstance(operator, NoMatch) else constant_problem(program, operator)
+        if isinstance(operator, WeightOperator) and problem is None:
+            sites.operators.setdefault(_owner(program, operator), []).append(operator)
+        elif problem is not None and FORMS[node.target].kind != "matmul":  # which also multiplies activations
+            sites.refused.setdefault(program.module_path(node), f"runs {node.target}, but {problem.reason}")
+    for path, operators in list(sites.operators.items()):
+        weights = {(str(item.weight.target), item.kind, item.shape) for item in operators}
+        if len(weights) > 1:
+            names = sorted({name for name, *_ in weights})
+            what = f"the weights {_some(names)}" if len(names) > 1 else f"{names[0]} in different ways"
+            sites.refused[path] = f"uses {what}, so it is not clear which one to adapt"
+        elif path in sites.refused:
+            sites.refused[path] += ", beside another operator with a weight"
+        if path in sites.refused:
+            del sites.operators[path]
+    return sites
+
+
+def resolve(sites: Sites, step: Step, index: int) -> tuple[list[str], dict[str, str]]:
+    """The paths that `step` (the plan's number `index`) adapts, and the paths it matches but cannot adapt, with why.
+
+    Raises:
+        PlanError: a pattern matches no module, or nothing an adapter can act on.
+    """
+    matched = match_sites(sites.program, step, index)
+    for pattern in step.patterns:
+        hits = [path for path in matched if fnmatchcase(path, pattern)]
+        if not any(path in sites.operators for path in hits):
+            reasons = "".join(f"\n  {path} {sites.reason(path)}" for path in hits[:_SHOWN])
+            more = f"\n  and {len(hits) - _SHOWN} more" if len(hits) > _SHOWN else ""
+            raise PlanError(
+                f"steps[{index}].at: {pattern!r} matches nothing that {type(step).__name__} can adapt:{reasons}{more}",
+                where=step.name,
+            )
+    taken = [path for path in matched if path in sites.operators]
+    refused = {
+        path: sites.reason(path)
+        for path in matched
+        if path not in sites.operators and not _covered(path, sites.operators, taken)
+    }
+    return taken, refused
+
+
+def _owner(program: Program, operator: WeightOperator) -> str:
+    ran, owner = program.module_path(operator.node), str(operator.weight.target).rpartition(".")[0]
+    return owner if not ran or owner.startswith(f"{ran}.") else ran
+
+
+def _below(path: str, paths: Iterable[str]) -> list[str]:
+    return [other for other in paths if other.startswith(f"{path}.")]
+
+
+def _covered(path: str, adaptable: Iterable[str], taken: Iterable[str]) -> bool:
+    inner = set(_below(path, adaptable))
+    return bool(inner) and inner <= set(taken)
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")

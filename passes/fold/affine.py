@@ -1,0 +1,232 @@
+"""Fold batch-norms and other per-channel scales and shifts into the weights next to them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from fxfreeze.dataflow import Passage, passage
+from fxfreeze.program import Origin, Program, lift
+from fxfreeze.rewrite import Context, NodeRewrite, NoMatch, Outcome, fail
+
+from .._operators import FORMS, WeightOperator, constant_problem, weight_operator
+from ._affine import BATCH_NORM, TARGETS, Affine, affine_of, pads, response, scaled_inputs, scaled_outputs
+
+Tensor = torch.Tensor
+
+UNTIE_LIMIT = 16 << 20
+"""A weight that something else reads too is copied for a fold, unless it has more bytes than this."""
+
+
+@dataclass(frozen=True)
+class Change:
+    """What to do to the weight and the bias of one operator, in float64; None leaves one as it is."""
+
+    operator: WeightOperator
+    weight: Callable[[Tensor], Tensor] | None
+    bias: Callable[[Tensor], Tensor] | None
+
+
+class FoldAffine(NodeRewrite):
+    """y = γ⊙x + β goes into the operator that makes x, else into everything that reads y.
+
+    Between the two may lie operators that keep channels apart (:mod:`fxfreeze.dataflow`), a ReLU only with γ > 0 and
+    without β. Forwards, β never goes into a convolution that pads with zeros: it would not reach the padding.
+    """
+
+    name, stage, targets = "fold-affine", "fold", TARGETS
+
+    def run(self, program: Program, ctx: Context) -> int:
+        known = len(ctx.near_misses)
+        count = super().run(program, ctx)
+        for miss in ctx.near_misses[known:]:
+            _report(program, ctx, miss.node, "skipped", executes=_name(miss.node), detail=miss.reason)
+        return count
+
+    def rewrite(self, program: Program, node: Node, ctx: Context) -> bool | NoMatch:
+        affine = affine_of(program, node)
+        if affine is None:
+            matters = node.target is BATCH_NORM or "fxfreeze" in node.meta
+            return fail("it is no per-channel affine function of one value", node) if matters else False
+        back = fold_back(program, affine)
+        changes = [back] if isinstance(back, Change) else fold_forward(program, affine)
+        if isinstance(changes, NoMatch):
+            assert isinstance(back, NoMatch)
+            return fail(f"backwards: {back.reason}; forwards: {changes.reason}", node)
+        values = [(change, *_new_values(program, change)) for change in changes]
+        for change, weight, bias in values:
+            if reason := _misfit(program, change.operator, weight, bias):
+                return fail(reason, node)
+        into = ", ".join(f"{_name(item.operator.node)} {program.module_path(item.operator.node)}" for item in changes)
+        _report(program, ctx, node, "rewritten", executes=f"folded into {into.strip()}")
+        for change, weight, bias in values:
+            _apply(program, change, weight, bias)
+        program.replace(node, affine.value)
+        return True
+
+
+def fold_back(program: Program, affine: Affine) -> Change | NoMatch:
+    """The change that makes the operator behind ``affine.value`` give γ⊙x + β itself."""
+    cursor, reader, dim = affine.value, affine.node, affine.dim
+    while True:
+        if set(cursor.users) != {reader}:
+            return fail(f"{cursor.name} is read elsewhere too", cursor)
+        operator = _operator(program, cursor)
+        if isinstance(operator, WeightOperator):
+            break
+        way = passage(cursor)
+        if way is None:
+            return operator
+        dim = None if dim is None else way.to_operand(dim)
+        if reason := _blocked(way, affine, dim):
+            return fail(f"{_name(cursor)} {reason}", cursor)
+        reader, cursor = cursor, cursor.args[0]  # type: ignore[assignment]
+    if dim not in (None, _channel_dim(operator)):
+        return fail(f"it does not vary along the channels of {_name(cursor)}", cursor)
+    gain, shift = affine.gain, affine.shift
+    scale = (lambda w: scaled_outputs(operator, w, gain)) if bool((gain != 1).any()) else None
+    if operator.kind == "embedding":
+        return Change(operator, lambda w: scaled_outputs(operator, w, gain) + (0 if shift is None else shift), None)
+    if shift is not None and not _takes_bias(operator):
+        return fail(f"{_name(cursor)} has no bias to take the shift", cursor)
+    if shift is None and (scale is None or operator.bias is None):
+        return Change(operator, scale, None)
+    return Change(operator, scale, lambda b: b * gain + (0 if shift is None else shift))
+
+
+def fold_forward(program: Program, affine: Affine) -> list[Change] | NoMatch:
+    """The changes that let all readers of y read x instead."""
+    changes, stack = [], [(affine.node, affine.dim)]
+    while stack:
+        value, dim = stack.pop()
+        for user in value.users:
+            operator, way = _operator(program, user), passage(user)
+            if isinstance(operator, WeightOperator):
+                if reason := _unfit(operator, affine, value, dim):
+                    return fail(f"{_name(user)} {reason}", user)
+                changes.append(_scaled_operand(program, operator, affine))
+            elif way is None or user.args[0] is not value or value in user.args[1:]:
+                return operator
+            else:
+                onward = None if dim is None else way.to_result(dim)
+                if reason := _blocked(way, affine, onward):
+                    return fail(f"{_name(user)} {reason}", user)
+                stack.append((user, onward))
+    return changes
+
+
+def _scaled_operand(program: Program, operator: WeightOperator, affine: Affine) -> Change:
+    gain, shift = affine.gain, affine.shift
+    scale = (lambda w: scaled_inputs(operator, w, gain)) if bool((gain != 1).any()) else None
+    if shift is None:
+        return Change(operator, scale, None)
+    weight = program.constant64(operator.weight)
+    assert weight is not None
+    extra = response(operator, weight, shift)
+    return Change(operator, scale, lambda b: b + extra)
+
+
+def _operator(program: Program, node: Node) -> WeightOperator | NoMatch:
+    """`node` as an operator with constant weight and bias."""
+    if node.op != "call_function":
+        return fail(f"{'an input' if node.op == 'placeholder' else f'an {node.op}'} has no weight", node)
+    operator = weight_operator(node)
+    return constant_problem(program, operator) or operator if isinstance(operator, WeightOperator) else operator
+
+
+def _blocked(way: Passage, affine: Affine, dim: int | None) -> str | None:
+    """Why γ and β do not pass an operator on the way; `dim` is where the channels are behind it."""
+    if affine.dim is not None and dim is None:
+        return "mixes the channels"
+    if affine.shift is not None and not way.shift:
+        return "does not let a shift pass"
+    if way.positive and not bool((affine.gain > 0).all()):
+        return "lets only positive gains pass"
+    return None
+
+
+def _unfit(operator: WeightOperator, affine: Affine, value: Node, dim: int | None) -> str | None:
+    """Why the reader `operator` of `value` cannot take γ and β over."""
+    if operator.kind == "embedding" or operator.input is not value or operator.bias is value:
+        return "does not read it as its input"
+    if affine.dim is not None and dim != _channel_dim(operator):
+        return "has its channels along another dim"
+    if affine.shift is not None and pads(operator):
+        return "pads with zeros, which the shift would not reach"
+    return "has no bias to take the shift" if affine.shift is not None and not _takes_bias(operator) else None
+
+
+def _takes_bias(operator: WeightOperator) -> bool:
+    return FORMS[operator.node.target].bias is not None
+
+
+def _channel_dim(operator: WeightOperator) -> int:
+    return -1 - len(operator.kernel)
+
+
+def _new_values(program: Program, change: Change) -> tuple[Tensor | None, Tensor | None]:
+    operator, weight, bias = change.operator, None, None
+    old = program.constant64(operator.weight)
+    assert old is not None
+    if change.weight is not None:
+        weight = change.weight(old)
+    if change.bias is not None:
+        before = program.constant64(operator.bias) if operator.bias is not None else None
+        bias = change.bias(old.new_zeros(operator.out_features) if before is None else before)
+    return weight, bias
+
+
+def _misfit(program: Program, operator: WeightOperator, weight: Tensor | None, bias: Tensor | None) -> str | None:
+    """Why new values cannot be stored."""
+    stored = operator.weight.meta["val"]
+    for value in (weight, bias):
+        if value is not None and not bool(value.abs().max() <= torch.finfo(stored.dtype).max):
+            return f"a folded weight of {_name(operator.node)} would overflow {stored.dtype}"
+    size = stored.numel() * stored.element_size()
+    if weight is not None and size > UNTIE_LIMIT and program.readers(operator.weight) != {operator.node}:
+        return f"the weight of {_name(operator.node)} is read elsewhere too, and a copy would take {size >> 20} MiB"
+    return None
+
+
+def _apply(program: Program, change: Change, weight: Tensor | None, bias: Tensor | None) -> None:
+    operator = change.operator
+    if weight is not None:
+        _set(program, operator, "weight", operator.weight, weight, change.weight)
+    if bias is not None:
+        _set(program, operator, "bias", operator.bias, bias, change.bias)
+
+
+def _set(program: Program, operator: WeightOperator, slot: str, old: Node | None, value: Tensor, change: Any) -> None:
+    """Let `operator` read `value` in `slot`, and do to what was folded there before what was done to it."""
+    fold = program.folds.get(str(old.target)) if old is not None else None
+    if old is not None and old.meta["val"].shape == value.shape:
+        new = program.rebind(old, value, user=operator.node)
+    else:
+        name = str(operator.weight.target).rpartition(".")[0] + ".bias"
+        new = program.add_constant(
+            name.lstrip("."), value, dtype=operator.weight.meta["val"].dtype, before=operator.node, like=operator.node
+        )
+        operator.node.args, operator.node.kwargs = operator.call_arguments(**{slot: new})
+    if fold is not None:
+        program.folds[str(new.target)] = replace(fold, base=change(lift(fold.base)))
+
+
+def _report(program: Program, ctx: Context, node: Node, outcome: Outcome, *, executes: str, detail: str = "") -> None:
+    origin = node.meta.get("fxfreeze")
+    step, what = (origin.step, origin.primitive) if isinstance(origin, Origin) else ("", "")
+    if not what:
+        what = "batch-norm" if node.target is BATCH_NORM else "affine"
+        if outcome == "skipped" and what == "affine":
+            return  # every scalar that meets no weight would be noise
+    ctx.ledger.add(
+        site=program.module_path(node), step=step, requested=what, outcome=outcome, executes=executes, detail=detail
+    )
+
+
+def _name(node: Node) -> str:
+    """The operator without its namespace and overload, as "conv2d"."""
+    return node.target._schema.name.partition("::")[2] if hasattr(node.target, "_schema") else str(node.target)

@@ -1,0 +1,221 @@
+"""Fold LoRA, DoRA and IA3 into the weight and bias of the operator they change."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from fxfreeze.errors import PassError
+from fxfreeze.plan import IA3, DoRA, LoRA
+from fxfreeze.program import Fold, Origin, Program, lift
+from fxfreeze.rewrite import Context, NoMatch, Outcome, Pass, fail
+
+from .._adapters import BASE, DeltaStep, changed, describe, split_name
+from .._operators import WeightOperator, apply, weight_operator
+
+MAX_LOSS = 0.5
+"""Rounding to the storage dtype may take half of what an adapter adds (‖realised Δ − Δ‖ / ‖Δ‖), not more."""
+
+
+@dataclass(frozen=True)
+class Region:
+    """What the steps at a site put around one call of its operator: one value goes in, one comes out.
+
+    Attributes:
+        operator: the call itself, `operator.weight` and `operator.bias` being the user's constants.
+        result: the node whose value leaves.
+        parameters: the adapters' constants, by step and leaf name.
+    """
+
+    operator: WeightOperator
+    result: Node
+    parameters: dict[str, dict[str, Node]]
+
+
+class FoldDelta(Pass):
+    """Replace each adapted operator, with everything its steps put around it, by the operator with one new weight.
+
+    What belongs together is read from the nodes' origin, not guessed from their shape; what it means is
+    :func:`~fxfreeze.passes._adapters.changed`, in float64. The weight is rounded to its storage dtype later, once.
+
+    A weight that something else reads too (a tied embedding, say) keeps its value there: the operator gets its own.
+    """
+
+    name, stage = "fold-delta", "fold"
+
+    def run(self, program: Program, ctx: Context) -> int:
+        groups: dict[str, dict[int, list[Node]]] = {}
+        for node in program.graph.nodes:
+            origin = node.meta.get("fxfreeze")
+            if node.op == "call_function" and isinstance(origin, Origin):
+                groups.setdefault(origin.site, {}).setdefault(origin.call, []).append(node)
+        return sum(self._fold(program, ctx, path, list(calls.values())) for path, calls in groups.items())
+
+    def _fold(self, program: Program, ctx: Context, path: str, calls: list[list[Node]]) -> int:
+        """Fold every call of the site at `path`, or none; the number of calls folded."""
+        found = [find_region(program, nodes) for nodes in calls]
+        regions = [region for region in found if isinstance(region, Region)]
+        steps = _steps(ctx, calls)
+        if miss := next((region for region in found if isinstance(region, NoMatch)), None):
+            ctx.near_misses.append(miss)
+            _report(ctx, path, steps, "refused", detail=f"stays beside its operator: {miss.reason}")
+            return 0
+        inside = {node for nodes in calls for node in nodes}
+        weight, bias, detail = self._constants(program, path, regions[0], steps, inside)
+        moved: dict[Node, Node] = {}  # results of earlier calls, which later ones may read
+        for region in regions:
+            operator = region.operator
+            source = moved.get(operator.input, operator.input)
+            args, kwargs = operator.call_arguments(input=source, weight=weight, bias=bias)
+            folded = program.call(operator.node.target, *args, before=region.result, like=operator.node, **kwargs)
+            folded.meta.pop("fxfreeze", None)
+            program.replace(region.result, folded)
+            moved[region.result] = folded
+        for nodes in reversed(calls):
+            for node in reversed(nodes):
+                program.graph.erase_node(node)
+        _report(ctx, path, steps, "rewritten", f"{operator.node.target} with the adapter in its weight", detail)
+        return len(regions)
+
+    def _constants(
+        self, program: Program, path: str, region: Region, steps: list[DeltaStep], inside: set[Node]
+    ) -> tuple[Node, Node | None, str]:
+        """Constants with what `steps` make of the weight and bias at `path`, and what the ledger should say of them."""
+        operator = region.operator
+        base = program.state[str(operator.weight.target)]
+        weight, bias = self.effective(program, operator, steps, region.parameters)
+        shared = _other_readers(program, operator.weight, inside)
+        new_weight = _replaced(program, operator.weight, weight, region, path, inside)
+        new_bias = None
+        if operator.bias is not None and bias is not None:
+            new_bias = _replaced(program, operator.bias, bias, region, path, inside)
+        if new_weight is operator.weight:
+            return new_weight, new_bias, "the adapter leaves the weight as it is"
+        if _is_more_than_rounding(weight, base):
+            names = ", ".join(step.name for step in steps)
+            program.folds[str(new_weight.target)] = Fold(names, path, base, MAX_LOSS)
+        if shared:
+            return new_weight, new_bias, f"a copy of {operator.weight.target}, which {', '.join(shared)} reads unchanged"
+        return new_weight, new_bias, ""
+
+    def effective(
+        self, program: Program, operator: WeightOperator, steps: list[DeltaStep],
+        parameters: Mapping[str, Mapping[str, Node]],
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+        """Weight, in its stored layout, and bias after all `steps`, in float64."""
+        weight = apply(operator.to_canonical(), _float64(program, operator.weight))
+        bias = None if operator.bias is None else _float64(program, operator.bias)
+        for step in steps:
+            values = {leaf: _float64(program, node) for leaf, node in parameters[step.name].items()}
+            weight, bias = self.change(step, operator, weight, bias, values)
+        return apply(operator.from_canonical(), weight).contiguous(), bias
+
+    def change(
+        self, step: DeltaStep, operator: WeightOperator, weight: Tensor, bias: Tensor | None,
+        values: Mapping[str, Tensor],
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+        """One step; its own method so that tests can break it and see the proof object."""
+        return changed(step, operator, weight, bias, values)
+
+
+def find_region(program: Program, nodes: list[Node]) -> Region | NoMatch:
+    """The region that `nodes`, all nodes of one call of one site, make up; or why it is none."""
+    inside = set(nodes)
+    bases = [node for node in nodes if node.meta["fxfreeze"].primitive == BASE]
+    if len(bases) != 1:
+        return fail(f"{len(bases)} operators claim to be the adapted one", nodes[0])
+    leaving = [node for node in nodes if any(user not in inside for user in node.users)]
+    if len(leaving) != 1:
+        return fail("a value between the adapter's operators is used elsewhere", leaving[0] if leaving else nodes[0])
+    outside = list(dict.fromkeys(item for node in nodes for item in node.all_input_nodes if item not in inside))
+    entering = [item for item in outside if item.op != "get_attr"]
+    if len(entering) != 1:
+        return fail("the adapter reads something other than its operator's input", bases[0])
+    parameters: dict[str, dict[str, Node]] = {}
+    for item in outside:
+        if item.op == "get_attr" and "fxfreeze" in item.meta:
+            step, leaf = split_name(str(item.target))
+            parameters.setdefault(step, {})[leaf] = item
+    operator = weight_operator(bases[0])
+    if isinstance(operator, NoMatch):
+        return operator
+    weight, bias = _source(operator.weight, inside), _source(operator.bias, inside)
+    if weight is None or (bias is None) != (operator.bias is None):
+        return fail("the adapted weight or bias does not come from one constant", bases[0])
+    plain = WeightOperator(
+        bases[0], operator.kind, entering[0], weight, bias, operator.groups, operator.shape
+    )
+    return Region(plain, leaving[0], parameters)
+
+
+def _source(operand: Node | None, inside: set[Node]) -> Node | None:
+    """The one constant of the user's that `operand` was made from within the region."""
+    found: dict[Node, None] = {}
+    stack = [operand] if operand is not None else []
+    while stack:
+        node = stack.pop()
+        if node in inside:
+            stack.extend(node.all_input_nodes)
+        elif "fxfreeze" not in node.meta or node.op != "get_attr":
+            found[node] = None
+    return next(iter(found)) if len(found) == 1 and next(iter(found)).op == "get_attr" else None
+
+
+def _steps(ctx: Context, calls: list[list[Node]]) -> list[DeltaStep]:
+    """The steps behind some nodes, in plan order.
+
+    Raises:
+        PassError: one of them is not in the plan.
+    """
+    names = {split_name(str(item.target))[0] for nodes in calls for node in nodes for item in node.all_input_nodes
+             if item.op == "get_attr" and "fxfreeze" in item.meta}  # fmt: skip
+    steps = [step for step in ctx.plan.steps if isinstance(step, LoRA | DoRA | IA3) and step.name in names]
+    if missing := names - {step.name for step in steps}:
+        raise PassError(f"the program holds adapters of steps the plan does not have: {', '.join(sorted(missing))}")
+    return steps
+
+
+def _report(
+    ctx: Context, path: str, steps: list[DeltaStep], outcome: Outcome, executes: str = "", detail: str = ""
+) -> None:
+    for step in steps:
+        ctx.ledger.add(
+            site=path, step=step.name, requested=describe(step), outcome=outcome, executes=executes, detail=detail
+        )
+
+
+def _float64(program: Program, node: Node) -> Tensor:
+    value = program.constant64(node)
+    assert value is not None
+    return value
+
+
+def _is_more_than_rounding(weight: Tensor, base: Tensor) -> bool:
+    # A DoRA that was never trained moves the weight by the rounding of its magnitudes: nothing that could get lost.
+    base = lift(base)
+    return float((weight - base).norm()) > 4 * torch.finfo(torch.float32).eps * float(base.norm())
+
+
+def _other_readers(program: Program, constant: Node, inside: set[Node]) -> list[str]:
+    """Module paths outside the region that read the same constant."""
+    same = program.graph.find_nodes(op="get_attr", target=constant.target)
+    readers = [user for node in same for user in node.users if user not in inside]
+    return list(dict.fromkeys(program.module_path(user) or "the model" for user in readers))
+
+
+def _replaced(program: Program, old: Node, value: Tensor, region: Region, path: str, inside: set[Node]) -> Node:
+    """A constant with `value`: the old one if it has that, else a new one, under its name if nothing else reads it."""
+    if torch.equal(_float64(program, old), value):
+        return old
+    name, first = str(old.target), region.operator.node
+    if _other_readers(program, old, inside):
+        name = f"{path}.{name.rpartition('.')[2]}"
+    else:
+        del program.state[name]  # its node goes with the region
+    node = program.add_constant(name, value, dtype=old.meta["val"].dtype, before=first, like=first)
+    node.meta.pop("fxfreeze", None)
+    return node
