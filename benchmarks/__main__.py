@@ -7,6 +7,7 @@ import fnmatch
 import importlib
 import os
 import shlex
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -24,12 +25,17 @@ FOLDER = Path(__file__).resolve().parent
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="Measure fxfreeze.")
-console = Console()
+console = Console(width=None if sys.stdout.isatty() else 140)
 
 
-def benchmarks() -> dict[str, Path]:
-    """Every file beside this one that is not the package's own."""
-    return {path.stem: path for path in sorted(FOLDER.glob("*.py")) if not path.stem.startswith("__")}
+def benchmarks() -> dict[str, str]:
+    """The files beside this one that define `cases`: name -> the first line of what the file says of itself."""
+    found = {}
+    for path in sorted(FOLDER.glob("*.py")):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        if any(isinstance(node, ast.FunctionDef) and node.name == "cases" for node in tree.body):
+            found[path.stem] = (ast.get_docstring(tree) or "").partition("\n")[0]
+    return found
 
 
 def fail(message: str) -> typer.Exit:
@@ -40,9 +46,8 @@ def fail(message: str) -> typer.Exit:
 @app.command("list")
 def list_() -> None:
     """Name the benchmarks, with the first line of what each says of itself."""
-    for name, path in benchmarks().items():
-        text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
-        console.print(f"[bold]{name}[/bold]  {text.splitlines()[0] if text else ''}", highlight=False)
+    for name, text in benchmarks().items():
+        console.print(f"[bold]{name}[/bold]  {escape(text)}", highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -107,7 +112,9 @@ def _measure(cases: Iterator[Case], shared: Any, out: Path | None, rounds: int |
         console.print(f"[yellow]this machine is busy: {reason}; the rows will say so[/yellow]")
     measured: list[Measurement] = []
     with record.Writer(out, shared) as writer, console.status(shared.benchmark) as status:
-        runner = Runner(rounds=rounds, quick=shared.quick, seed=shared.seed, say=status.update)
+        runner = Runner(
+            rounds=rounds, quick=shared.quick, seed=shared.seed, say=lambda text: status.update(escape(text))
+        )
         try:
             for case in cases:
                 found = runner.run(case)
@@ -121,12 +128,18 @@ def _measure(cases: Iterator[Case], shared: Any, out: Path | None, rounds: int |
 
 
 def show(rows: list[dict[str, Any]]) -> None:
-    from .harness.table import HEADINGS, cells
+    """One case: the cells of the Markdown table, with the remarks below where they have room."""
+    from .harness.table import HEADINGS, cells, remarks
 
-    drawn = Table(*HEADINGS[1:], title=escape(rows[0]["case"]), title_justify="left")
+    drawn = Table(*HEADINGS[1:-1], title=escape(rows[0]["case"]), title_justify="left")
     for row in rows:
-        drawn.add_row(*map(escape, cells(row)[1:]))
+        drawn.add_row(*map(escape, cells(row)[1:-1]))
     console.print(drawn)
+    for row in rows:
+        if row["status"] != "ok":
+            console.print(f"  {escape(row['peer'])}: [red]{escape(remarks(row))}[/red]", highlight=False)
+    if rows[0]["noise"]["noisy"]:
+        console.print(f"  [yellow]noisy: {', '.join(rows[0]['noise']['noisy'])}[/yellow]", highlight=False)
 
 
 def bad(measurement: Measurement) -> bool:

@@ -31,9 +31,8 @@ def against_export(name: str, model: nn.Module, shape: Shape) -> Case:
         return exported.module()(example(shape))
 
     def compiled(verify: Verify, limit: float) -> Peer:
-        return Peer(
-            f"fxfreeze, verify={verify}", compiler(model, shape, verify), observer(shape), limit=limit
-        )
+        name = f"fxfreeze, verify={verify}"
+        return Peer(name, compiler(model, shape, verify), observer(model, shape, verify), limit=limit)
 
     return Case(
         name=f"{name}: compile against export",
@@ -53,8 +52,8 @@ def depth_growth(shallow: int, deep: int, seed: int) -> Case:
 
     def compiled(depth: int, limit: float | None) -> Peer:
         model = models.encoder(depth, seed)
-        prepare = compiler(model, TOKENS, "full")
-        return Peer(f"{depth} blocks", prepare, observer(TOKENS), reference=eager(model, TOKENS), limit=limit)
+        prepare, observe = compiler(model, TOKENS, "full"), observer(model, TOKENS, "full")
+        return Peer(f"{depth} blocks", prepare, observe, reference=eager(model, TOKENS), limit=limit)
 
     peers = (compiled(shallow, None), compiled(deep, LIMIT_DEPTH))
     return Case(
@@ -75,19 +74,23 @@ def eager(model: nn.Module, shape: Shape) -> Callable[[], Any]:
     return lambda: model(example(shape))
 
 
-def observer(shape: Shape) -> Callable[[Any], Any]:
-    return lambda artifact: models.run(artifact, example(shape))
-
-
 def export(model: nn.Module, shape: Shape) -> Any:
     return torch.export.export(model, (example(shape),), dynamic_shapes=({0: torch.export.Dim("batch")},))
 
 
-def compiler(model: nn.Module, shape: Shape, verify: Verify) -> Callable[[], Callable[[], Any]]:
+def compiler(model: nn.Module, shape: Shape, verify: Verify, *targets: str) -> Callable[[], Callable[[], Any]]:
     def prepare() -> Callable[[], Any]:
         import fxfreeze as fz
 
-        plan = fz.Plan(inputs=[fz.Input("x", shape=("batch", *shape))], targets=())
+        plan = fz.Plan(inputs=[fz.Input("x", shape=("batch", *shape))], targets=targets)
         return lambda: fz.compile(model, plan, verify=verify)
 
     return prepare
+
+
+def observer(model: nn.Module, shape: Shape, verify: Verify) -> Callable[[Any], Any]:
+    def observe(artifact: Any) -> Any:
+        emitted = compiler(model, shape, verify, "onnx")()()
+        return models.outputs_without_target(artifact, emitted, example(shape))
+
+    return observe

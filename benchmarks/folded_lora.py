@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .harness import Case, Options, Peer, models
+from .harness import Case, Options, Peer, Unavailable, models
 
 LIMIT = 1.02
 TARGETS = ("torch", "aoti", "onnx")
@@ -30,12 +31,8 @@ class Subject:
 
 
 def cases(options: Options) -> Iterator[Case]:
-    vit = Subject(
-        "ViT-tiny", models.vit_tiny(options.seed), "blocks.*.attn.qkv", r"blocks\.\d+\.attn\.qkv", batch=1
-    )
-    resnet = Subject(
-        "ResNet-18", models.resnet("resnet18", options.seed), "layer*.*.conv*", r"layer.*conv\d", batch=1
-    )
+    vit = Subject("ViT-tiny", models.vit_tiny(options.seed), "blocks.*.attn.qkv", r"blocks\.\d+\.attn\.qkv", batch=1)
+    resnet = Subject("ResNet-18", models.resnet("resnet18", options.seed), "layer*.*.conv*", r"layer.*conv\d", batch=1)
     for subject in [vit] if options.quick else [vit, resnet]:
         for target in TARGETS:
             yield folded_case(subject, target, options.seed)
@@ -45,8 +42,8 @@ def folded_case(subject: Subject, target: str, seed: int) -> Case:
     """The control is the base compiled again: as far as its ratio is from 1, this machine cannot resolve."""
     adapted = Adapted(subject, seed)
     peers = [
-        Peer("base", lambda: compiled(subject.model, subject, target)),
-        Peer("base again (control)", lambda: compiled(subject.model, subject, target)),
+        Peer("base", lambda: compiled(subject.model, target)),
+        Peer("base again (control)", lambda: compiled(subject.model, target)),
         Peer("LoRA folded", lambda: adapted.compiled(target), reference=adapted.reference, limit=LIMIT),
     ]
     if target == "torch":
@@ -62,10 +59,13 @@ def folded_case(subject: Subject, target: str, seed: int) -> Case:
     )
 
 
-def compiled(model: nn.Module, subject: Subject, target: str) -> Callable[..., Any]:
+def compiled(model: nn.Module, target: str, *steps: Any) -> Callable[..., Any]:
     import fxfreeze as fz
 
-    return fz.compile(model, fz.Plan(inputs=[image()], targets=[target]))
+    try:
+        return fz.compile(model, fz.Plan(inputs=[image()], steps=steps, targets=(target,)))
+    except fz.MissingDependencyError as error:
+        raise Unavailable(str(error)) from error
 
 
 def image() -> Any:
@@ -85,7 +85,7 @@ def disturb(module: nn.Module, seed: int) -> None:
         for parameter in module.parameters():
             if parameter.requires_grad:
                 noise = torch.randn(parameter.shape, generator=generator)
-                parameter.copy_(noise / (10 * math.sqrt(parameter[0].numel())))
+                parameter.copy_(0.3 * noise / math.sqrt(parameter[0].numel()))
 
 
 class Adapted:
@@ -94,26 +94,24 @@ class Adapted:
     def __init__(self, subject: Subject, seed: int) -> None:
         self.subject, self.seed = subject, seed
 
-    def plan(self, targets: tuple[str, ...]) -> Any:
+    def lora(self) -> Any:
         import fxfreeze as fz
 
-        lora = fz.LoRA(at=self.subject.at, rank=self.subject.rank)
-        return fz.Plan(inputs=[image()], steps=[lora], targets=targets)
+        return fz.LoRA(at=self.subject.at, rank=self.subject.rank)
 
+    @functools.cached_property
     def net(self) -> nn.Module:
         import fxfreeze as fz
 
-        net: nn.Module = fz.adapt(self.subject.model, self.plan(()))
+        net = fz.adapt(self.subject.model, fz.Plan(inputs=[image()], steps=[self.lora()]))
         disturb(net, self.seed)
         return net
 
     def reference(self, x: torch.Tensor) -> Any:
-        return self.net()(x)
+        return self.net(x)
 
     def compiled(self, target: str) -> Callable[..., Any]:
-        import fxfreeze as fz
-
-        return fz.compile(self.net(), self.plan((target,)))
+        return compiled(self.net, target, self.lora())
 
 
 class Peft:
@@ -124,9 +122,7 @@ class Peft:
 
     def net(self) -> Any:
         peft = models.need("peft")
-        config = peft.LoraConfig(
-            r=self.subject.rank, lora_alpha=self.subject.rank, target_modules=self.subject.modules
-        )
+        config = peft.LoraConfig(r=self.subject.rank, lora_alpha=self.subject.rank, target_modules=self.subject.modules)
         net = peft.get_peft_model(copy.deepcopy(self.subject.model), config)
         disturb(net, self.seed)
         return net.eval()

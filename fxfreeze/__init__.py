@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from ._version import __version__
 from .adapt import AdaptedModule, adapt
-from .adapt import AdaptedModule, adapt
 from .api import compile
 from .artifact import Artifact, load
 from .errors import (
@@ -28,6 +27,7 @@ from .plan import IA3, Dim, DoRA, Input, LoRA, Plan
 __all__ = [
     "IA3",
     "AdaptedModule",
+    "Artifact",
     "ArtifactError",
     "CaptureError",
     "Dim",
@@ -44,4 +44,5 @@ __all__ = [
     "__version__",
     "adapt",
     "compile",
+    "load",
 ]

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
 from . import weights
 from .binding import build, flatten_inputs
@@ -220,7 +220,7 @@ def _lifted(program: Program) -> tuple[GraphModule, dict[str, torch.dtype]]:
     graph, names = program.clone().graph, {}
     first = next(iter(graph.nodes))
     constants = [node for node in graph.nodes if node.op == "get_attr"]
-    inputs = {}
+    inputs: dict[str, Node] = {}
     for node in constants:
         name = str(node.target)
         if name not in inputs:
@@ -261,9 +261,9 @@ def _check_shapes(
             expected = sizes.setdefault(declared, size) if isinstance(declared, str) else declared
             fits = fits and size == expected and low <= size and (high is None or size <= high)
         if not fits:
-            declared_shape = "(" + ", ".join(map(str, spec.shape)) + ")"
+            shape = "(" + ", ".join(map(str, spec.shape)) + ")"
             bounds = "".join(f"; {name} from {low} to {high or 'any size'}" for name, (low, high) in dims.items())
-            raise PlanError(f"shape {tuple(value.shape)} where the plan declares {declared_shape}{bounds}", where=spec.name)
+            raise PlanError(f"shape {tuple(value.shape)} where the plan declares {shape}{bounds}", where=spec.name)
 
 
 @torch.no_grad()

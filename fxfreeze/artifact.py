@@ -51,7 +51,7 @@ FORMAT = 1
 
 MANIFEST = "manifest.json"
 _PARTIAL = ".fxfreeze-partial"  # ends the name of a folder that is still being saved
-_PACKAGES = ("torch", "onnx", "onnxscript", "onnxruntime", "safetensors")
+_PACKAGES = ("onnx", "onnxscript", "onnxruntime", "safetensors")
 
 
 class Artifact:
@@ -377,7 +377,7 @@ def _files(folder: Path) -> dict[str, Any]:
 
 
 def _versions() -> dict[str, str]:
-    versions = {"python": platform.python_version()}
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
     for name in _PACKAGES:
         try:
             versions[name] = importlib.metadata.version(name)

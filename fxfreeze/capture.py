@@ -31,6 +31,7 @@ from .plan import Plan
 from .program import Program, TensorSpec, is_effectful, is_operator
 
 _WRAPPED = "model"
+_CPU = torch.device("cpu")
 
 
 class Observation:
@@ -100,7 +101,7 @@ def bind_names(model: nn.Module, names: Sequence[str]) -> tuple[list[str], list[
     return positional, keywords
 
 
-def input_specs(plan: Plan, device: torch.device = torch.device("cpu")) -> tuple[TensorSpec, ...]:
+def input_specs(plan: Plan, device: torch.device = _CPU) -> tuple[TensorSpec, ...]:
     """The plan's inputs with torch dtypes, on `device`."""
     return tuple(
         TensorSpec(item.name, getattr(torch, item.dtype), tuple(item.shape), item.low, item.high, device)
@@ -302,8 +303,11 @@ def _with_range(spec: TensorSpec, placeholder: Node) -> TensorSpec:
     """Let indices that the plan gives no range reach every row of the tables they index."""
     if spec.high is not None or spec.dtype not in (torch.int64, torch.int32):
         return spec
-    tables = [user.args[0].meta["val"].shape[0] for user in placeholder.users
-              if user.target is torch.ops.aten.embedding.default and user.args[1] is placeholder]  # fmt: skip
+    tables = [
+        user.all_input_nodes[0].meta["val"].shape[0]
+        for user in placeholder.users
+        if user.target is torch.ops.aten.embedding.default and user.args[1] is placeholder
+    ]
     return replace(spec, low=spec.low or 0, high=min(tables) - 1) if tables else spec
 
 

@@ -67,7 +67,8 @@ def passage(node: Node) -> Passage | None:
     if target is aten.mean.dim:
         return Passage(_kept(node, ndim)) if "dtype" not in node.kwargs else None
     if target is aten.permute.default:
-        return Passage({at - ndim: dim % ndim - ndim for at, dim in enumerate(node.args[1])})  # type: ignore[arg-type, operator]
+        order: list[int] = list(node.args[1])  # type: ignore[arg-type]
+        return Passage({at - ndim: dim % ndim - ndim for at, dim in enumerate(order)})
     if target is aten.transpose.int:
         first, second = (dim % ndim - ndim for dim in node.args[1:3])  # type: ignore[operator]
         return Passage(_same(ndim) | {first: second, second: first})

@@ -165,7 +165,7 @@ def _measure(base: nn.Module, net: AdaptedModule, artifact: Artifact, digits: Di
     one, labels = digits.turned_test[:1], digits.test_labels
     callables: dict[str, Callable[[Tensor], Any]] = {"frozen base, eager": base, "with LoRA, eager": net}
     for target in artifact.targets:
-        callables[f"folded, {target}"] = lambda image, target=target: artifact(image, target=target)
+        callables[f"folded, {target}"] = artifact.target(target)
     scores = {"frozen base, upright digits": accuracy(base, digits.test, labels)}
     scores.update({name: accuracy(call, digits.turned_test, labels) for name, call in callables.items()})
     times = {name: latency_ms(call, one) for name, call in callables.items()}

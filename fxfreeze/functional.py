@@ -47,9 +47,8 @@ def functionalise(graph: Graph) -> str | None:
         node.target = twin
         if twin is aten.zeros_like.default:
             node.args = node.args[:1]
-        target.replace_all_uses_with(
-            node, delete_user_cb=lambda user, node=node: user is not node and order[user] > order[node]
-        )
+        later = {user for user in target.users if order[user] > order[node]}
+        target.replace_all_uses_with(node, delete_user_cb=later.__contains__)
     return None
 
 

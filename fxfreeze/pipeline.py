@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+import weakref
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,12 +13,13 @@ from typing import Any
 import torch
 
 from .errors import PassError, PlanError
+from .program import Program, TensorSpec, version
 from .proof import Prover, Verify
-from .program import Program
 from .rewrite import STAGES, Context, Pass
 from .sampling import sample_inputs, tracing_sizes
 
 _DRAWS = {"full": 2, "sampled": 1, "off": 0}
+_WIDER = 8
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,18 @@ def proof_draws(
     sizes = tracing_sizes(program.inputs, program.dims, examples)
     # The second draw has other sizes, so that a rewrite that is right for one size only is caught.
     draws = [sizes, _grown(sizes, program)][: _DRAWS[verify]]
-    return [sample_inputs(program, size, seed=seed, examples=examples) for seed, size in enumerate(draws)]
+    drawn = [sample_inputs(program, size, seed=seed, examples=examples) for seed, size in enumerate(draws)]
+    return drawn if examples is not None else [*drawn[:1], *(_widened(program, draw) for draw in drawn[1:])]
+
+
+def _widened(program: Program, draw: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Larger numbers where the plan allows any: what saturates (ReLU6, a clamp) then does, and a rewrite that is right
+    only up to there is caught."""
+
+    def is_open(spec: TensorSpec) -> bool:
+        return spec.dtype.is_floating_point and spec.low is None and spec.high is None
+
+    return [value * _WIDER if is_open(spec) else value for spec, value in zip(program.inputs, draw, strict=True)]
 
 
 def _grown(sizes: dict[str, int], program: Program) -> dict[str, int]:
@@ -107,11 +120,18 @@ def stage_passes(passes: Sequence[Pass], stages: Iterable[str]) -> list[Pass]:
 
 def _run_one(item: Pass, program: Program, ctx: Context, prover: Prover) -> PassRow:
     before, interface, size = program.fingerprint(), _interface(program), _operators(program)
+    versions = {name: (weakref.ref(value), version(value)) for name, value in program.state.items()}
     ctx.ledger.current_pass = item.name
     started = time.perf_counter()
     rewrites = item.run(program, ctx)
     program.sweep()
     seconds = time.perf_counter() - started
+    for name, (reference, old) in versions.items():
+        if (value := reference()) is not None and version(value) != old:
+            raise PassError(
+                f"pass {item.name!r} wrote to constant {name!r} in place, which may be the user's own tensor",
+                where=item.name, hint="put a new tensor into program.state; this is a defect of the pass",
+            )  # fmt: skip
     changed = program.fingerprint() != before
     if changed != bool(rewrites):
         raise PassError(

@@ -309,7 +309,8 @@ class Program:
         return self._digest(describe)
 
     def _digest(self, describe: Callable[[str, Node], object]) -> str:
-        digest, index = hashlib.sha256(), {}
+        digest = hashlib.sha256()
+        index: dict[Node, int] = {}
 
         def refer(value: Any) -> str:
             if isinstance(value, Node):

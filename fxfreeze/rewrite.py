@@ -12,6 +12,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from difflib import SequenceMatcher
 from fnmatch import fnmatchcase
 from typing import Any, ClassVar, Literal
 
@@ -125,7 +126,7 @@ class NodeRewrite(Pass):
         """Try the rewrite at `node`: True when done, else False or ``fail(reason, node)``."""
 
     def run(self, program: Program, ctx: Context) -> int:
-        total, misses = 0, []
+        total = 0
         for _ in range(self.max_sweeps):
             count, misses = self._sweep(program, ctx)
             total += count
@@ -139,7 +140,8 @@ class NodeRewrite(Pass):
         )  # fmt: skip
 
     def _sweep(self, program: Program, ctx: Context) -> tuple[int, list[NoMatch]]:
-        count, misses = 0, []
+        count = 0
+        misses: list[NoMatch] = []
         for node in list(program.graph.nodes):
             # An earlier rewrite of this sweep may have left the node without users, or erased it.
             if node.op != "call_function" or node.target not in self.targets or node._erased or not node.users:
@@ -177,8 +179,6 @@ def patterns(step: Step) -> tuple[str, ...]:
 
 def nearest(pattern: str, paths: Sequence[str], count: int = 5) -> list[str]:
     """The `count` paths most like `pattern`."""
-    from difflib import SequenceMatcher
-
     def likeness(path: str) -> float:
         return SequenceMatcher(None, pattern.replace("*", ""), path).ratio()
 

@@ -33,7 +33,7 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str
     """
     try:
         with safetensors.safe_open(path, framework="pt") as stored:
-            return {name: stored.get_tensor(name) for name in stored.keys()}, dict(stored.metadata() or {})  # noqa: SIM118
+            return {name: stored.get_tensor(name) for name in stored.keys()}, dict(stored.metadata() or {})
     except FileNotFoundError:
         raise PlanError("no such weights file", where=str(path)) from None
     except OSError as error:

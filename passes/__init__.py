@@ -11,6 +11,7 @@ from .adapt.delta import InsertDelta
 from .clean.common import CommonSubexpressions
 from .clean.constants import FoldConstants, FoldLateConstants
 from .clean.noops import StripNoOps
+from .clean.shapes import ExplicitShapes
 from .fold.affine import FoldAffine
 from .fold.delta import FoldDelta
 from .lower.merge import MergeConstants
@@ -18,6 +19,7 @@ from .lower.round import Round
 
 PIPELINE: tuple[Pass, ...] = (
     # clean: what means nothing to a frozen graph
+    ExplicitShapes(),
     StripNoOps(),
     CommonSubexpressions(),
     FoldConstants(),

@@ -42,6 +42,8 @@ TABLE: dict[str, str] = {
     "plan": "record",
     "program": "plan",
     "binding": "",
+    "report": "",  # renders the plain data of a manifest, and so knows nobody
+    "weights": "plan",
     "functional": "program",
     "dataflow": "program",
     "sampling": "plan program",
@@ -52,10 +54,9 @@ TABLE: dict[str, str] = {
     "pipeline": "dataflow passes plan program proof rewrite sampling",
     "lower": "kernels program sampling",
     "emit": "binding lower program sampling serialize",
-    "parity": "binding emit plan program proof sampling",
-    "artifact": "binding emit parity plan program sampling serialize _version",
-    "adapt": "binding capture passes pipeline plan program rewrite serialize",
-    "report": "artifact parity pipeline proof rewrite",
+    "parity": "binding emit plan program proof report sampling",
+    "artifact": "binding emit lower parity plan program report sampling serialize _version",
+    "adapt": "binding capture passes pipeline plan program proof rewrite weights",
     "nn": "kernels",
     "api": "adapt artifact binding capture emit lower parity passes pipeline plan program proof report rewrite "
     "sampling",
@@ -63,8 +64,8 @@ TABLE: dict[str, str] = {
     "cli": "door adapt api artifact demo passes plan report rewrite _version",
     "__main__": "cli",
     "passes": "pass rewrite",
-    "pass": "dataflow kernels pass-helper plan program rewrite",
-    "pass-helper": "dataflow kernels plan program rewrite",
+    "pass": "dataflow kernels pass-helper plan program rewrite weights",
+    "pass-helper": "dataflow kernels plan program rewrite weights",
     "kernels": "",
     "kernel": "kernel-helper",
     "kernel-helper": "",
@@ -74,7 +75,7 @@ TABLE: dict[str, str] = {
 GROUPS = {"kernels": {"kernels", "kernel", "kernel-helper"}}
 """Names in the table's right column that stand for several rooms."""
 
-FOLDER_ROOMS = {"emit", "nn", "benchmarks", "passes", "kernel-helper"}
+FOLDER_ROOMS = {"emit", "nn", "benchmarks", "passes", "pass-helper", "kernel-helper"}
 """Rooms of several files that may import each other (without a cycle). Passes and kernels may not."""
 
 TORCHLESS = {"errors", "record", "plan", "_version"}

@@ -117,12 +117,12 @@ def test_triton_is_unpinned_and_linux_only() -> None:
 # ---- archives
 
 
-def test_wheel_holds_one_top_level_name(archives: tuple[Path, Path]) -> None:
+def test_wheel_holds_one_top_level_name(tree: Path, archives: tuple[Path, Path]) -> None:
     with zipfile.ZipFile(archives[1]) as wheel:
         names = wheel.namelist()
     assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {"fxfreeze"}
     assert "fxfreeze/py.typed" in names
-    for package, folder in packages_in(ROOT).items():
+    for package, folder in packages_in(tree).items():
         for file in folder.glob("*.py"):
             assert f"{package.replace('.', '/')}/{file.name}" in names
 
@@ -142,10 +142,10 @@ def test_wheel_metadata(archives: tuple[Path, Path]) -> None:
     assert "fxfreeze = fxfreeze.cli:main" in points
 
 
-def test_sdist_holds_the_sources(archives: tuple[Path, Path]) -> None:
+def test_sdist_holds_the_sources(tree: Path, archives: tuple[Path, Path]) -> None:
     with tarfile.open(archives[0]) as sdist:
         names = {name.partition("/")[2] for name in sdist.getnames()}
-    sources = [file.relative_to(ROOT).as_posix() for f in packages_in(ROOT).values() for file in f.glob("*.py")]
+    sources = [file.relative_to(tree).as_posix() for f in packages_in(tree).values() for file in f.glob("*.py")]
     assert {"pyproject.toml", "README.md", "LICENSE", "fxfreeze/py.typed", *sources} <= names
 
 
@@ -169,9 +169,10 @@ def test_installed_wheel_imports_from_anywhere(archives: tuple[Path, Path], tmp_
     assert folders == [str(inside), str(inside / "passes"), str(inside / "kernels")]
 
 
+@pytest.mark.slow
 def test_editable_install_follows_the_tree(tree: Path, tmp_path: Path) -> None:
     """In a new environment that borrows this one's packages through a .pth file."""
-    home = tmp_path / "venv"
+    home, tree = tmp_path / "venv", shutil.copytree(tree, tmp_path / "tree")
     venv.create(home, with_pip=False, symlinks=True)
     scripts = home / ("Scripts" if os.name == "nt" else "bin")
     inner = Path(sysconfig.get_path("purelib", "venv", {"base": str(home), "platbase": str(home)}))
@@ -210,6 +211,7 @@ def test_command_is_there() -> None:
 # ---- imports
 
 
+@pytest.mark.slow
 def test_transformers_imports_from_the_repository_root() -> None:
     """transformers probes for the PyPI package `kernels`, and in the repository's root it finds our folder.
 

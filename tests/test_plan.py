@@ -322,7 +322,7 @@ FULL = Plan(
     inputs=[Input("image", ("batch", 3, 32, 32)), Input("batch.ids", ("batch", "seq"), "int64", 0, 99)],
     steps=[
         LoRA("layer*", 4, alpha=8.5, weights="/somewhere/else/lora.safetensors"),
-        DoRA(["a", "b[0-9]"], 2, rslora=True, name="second"),  # type: ignore[arg-type]
+        DoRA(["a", "b[0-9]"], 2, rslora=True, name="second"),
         IA3("fc", side="in"),
     ],
     targets=["torch", "aoti", "onnx"],
@@ -416,6 +416,7 @@ def test_weights_move_with_the_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert 'weights = "here/sub/w.safetensors"' in (tmp_path / "up.toml").read_text()
     # A moved folder takes its weights along.
     here.rename(tmp_path / "there")
+    monkeypatch.chdir(tmp_path)
     moved = Plan.load(tmp_path / "there" / "plan.toml").steps[0]
     assert isinstance(moved, LoRA) and moved.weights == str(tmp_path / "there" / "sub" / "w.safetensors")
 

@@ -50,10 +50,10 @@ class Reading:
 class Peer:
     """One competitor.
 
-    `prepare()` builds and returns the callable that is measured, to be called with the case's inputs. It raises
-    `Unavailable` or ImportError where the peer cannot run. `observe` turns a result into the outputs to
-    compare, untimed, for instance by calling a freshly compiled model. `reference` replaces the case's where the
-    peer is to compute another function. `limit` is the largest accepted ratio to the baseline.
+    `prepare()` builds and returns the callable that is measured, to be called with the case's inputs. It
+    raises `Unavailable` or ImportError where the peer cannot run. `observe` turns a result into the outputs
+    to compare, untimed, for instance by calling a freshly compiled model. `reference` replaces the case's where
+    the peer is to compute another function. `limit` is the largest accepted ratio to the baseline.
     """
 
     name: str
@@ -80,6 +80,10 @@ class Case:
     device: str = "cpu"
 
     def __post_init__(self) -> None:
+        if self.device not in ("cpu", "cuda"):
+            raise ValueError(
+                f"case {self.name!r}: the device {self.device!r} is neither cpu nor cuda (the current one)"
+            )
         names = [peer.name for peer in self.peers]
         if len(set(names)) != len(names):
             raise ValueError(f"case {self.name!r}: two peers share a name: {names}")
@@ -117,9 +121,7 @@ def relative_error(output: Any, reference: Any) -> float:
     """
     got, want = flatten(output), flatten(reference)
     if [tuple(t.shape) for t in got] != [tuple(t.shape) for t in want]:
-        raise WrongOutput(
-            f"output shapes {[tuple(t.shape) for t in got]}, expected {[tuple(t.shape) for t in want]}"
-        )
+        raise WrongOutput(f"output shapes {[tuple(t.shape) for t in got]}, expected {[tuple(t.shape) for t in want]}")
     if not want:
         raise ValueError("the reference returned no tensor to compare with")
     return max(_tensor_error(a, b) for a, b in zip(got, want, strict=True))

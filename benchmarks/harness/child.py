@@ -1,4 +1,4 @@
-"""`python -m benchmarks.harness.child module:function ARGUMENTS ANSWER`: a process whose peak memory counts.
+"""`python child.py module:function ARGUMENTS ANSWER`: a process whose peak memory counts.
 
 The function does the work to measure and returns a check: a callable that gives the error of the result.
 The peak is read in between, so the check's own memory does not count.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import resource
 import sys
 from pathlib import Path
@@ -35,4 +36,5 @@ def main(function: str, arguments: str, answer: str) -> None:
 
 
 if __name__ == "__main__":
+    sys.path[0] = os.getcwd()  # the root of the repository, instead of this folder
     main(*sys.argv[1:])

@@ -15,6 +15,7 @@ from typing import Any
 from .case import Reading, Unavailable
 
 ROOT = Path(__file__).resolve().parents[2]
+CHILD = Path(__file__).with_name("child.py")
 TIMEOUT = 1800.0
 
 
@@ -25,14 +26,8 @@ def child(function: str, **arguments: Any) -> dict[str, Any]:
     """
     with tempfile.TemporaryDirectory() as folder:
         answer = Path(folder) / "answer.json"
-        command = [
-            sys.executable,
-            "-m",
-            "benchmarks.harness.child",
-            function,
-            json.dumps(arguments),
-            str(answer),
-        ]
+        # By path, not with -m: importing the package would import torch, also for work that does not need it.
+        command = [sys.executable, str(CHILD), function, json.dumps(arguments), str(answer)]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=TIMEOUT)
         if done.returncode == 0:
             return dict(json.loads(answer.read_text()))

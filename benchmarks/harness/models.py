@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .case import Unavailable
+from .case import Unavailable, WrongOutput
 
 
 def vit_tiny(seed: int) -> nn.Module:
@@ -66,11 +66,7 @@ def encoder(depth: int, seed: int) -> nn.Module:
 def frozen(model: nn.Module) -> nn.Module:
     """In eval mode, without gradients, with batch-norm statistics that a wrong fold could not hide behind."""
     for module in model.modules():
-        if (
-            isinstance(module, nn.BatchNorm2d)
-            and module.running_mean is not None
-            and module.running_var is not None
-        ):
+        if isinstance(module, nn.BatchNorm2d) and module.running_mean is not None and module.running_var is not None:
             module.running_mean.normal_(0.0, 0.1)
             module.running_var.uniform_(0.8, 1.25)
     return model.eval().requires_grad_(False)
@@ -89,5 +85,16 @@ def need(package: str) -> Any:
         raise Unavailable(f"needs {package}, which is not installed") from error
 
 
-def run(artifact: Any, *args: Any, **kwargs: Any) -> Any:
-    return artifact(*args, **kwargs)
+def outputs_without_target(artifact: Any, emitted: Any, *args: Any, **kwargs: Any) -> Any:
+    """What `artifact`, compiled without a target, computes: it cannot be called, so `emitted` is, its like with one.
+
+    Both hold their program and its weights as files, which have to be the same to the last byte.
+    """
+
+    def program(artifact: Any) -> dict[str, str]:
+        files = artifact.manifest["files"]
+        return {name: file["sha256"] for name, file in files.items() if name.startswith("program/")}
+
+    if not program(artifact) or program(artifact) != program(emitted):
+        raise WrongOutput("compiled with a target, the model gave another program")
+    return emitted(*args, **kwargs)

@@ -22,9 +22,6 @@ def quantity(value: float, spread: float, unit: str) -> str:
 def cells(row: dict[str, Any]) -> tuple[str, ...]:
     """The row's cells, in the order of HEADINGS. The spread shown is the interquartile range."""
     value, ratio, error = row["value"], row["ratio"], row["error"]
-    remarks = [f"{row['status']}: {row['reason']}"] if row["status"] != "ok" else []
-    if row["status"] == "ok" and row["noise"]["noisy"]:
-        remarks.append("noisy: " + ", ".join(row["noise"]["noisy"]))
     return (
         row["case"],
         row["peer"] + (" (baseline)" if row["peer"] == row["baseline"] else ""),
@@ -33,8 +30,16 @@ def cells(row: dict[str, Any]) -> tuple[str, ...]:
         f"≤ {row['limit']:g} {row['verdict']}" if row["limit"] is not None else "",
         f"{error:.1e} ≤ {row['tolerance']:.0e}" if error is not None else "–",
         str(row["rounds"]),
-        "; ".join(remarks),
+        remarks(row),
     )
+
+
+def remarks(row: dict[str, Any]) -> str:
+    """Why there is no value, or why to doubt it."""
+    if row["status"] != "ok":
+        return f"{row['status']}: {row['reason']}"
+    noisy = row["noise"]["noisy"]
+    return f"noisy: {', '.join(noisy)}" if noisy else ""
 
 
 def ratio_cell(ratio: dict[str, float | None]) -> str:

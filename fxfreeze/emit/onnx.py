@@ -50,9 +50,9 @@ def emit(lowering: Lowering, folder: Path) -> dict[str, Any]:
     first: EmitError | None = None
     for opset in OPSETS:
         try:
-            external = _convert(lowering, folder, opset)
+            facts = _convert(lowering, folder, opset)
             _try(lowering, folder)
-            return {"opset": opset, "external_data": external}
+            return {"opset": opset, **facts}
         except Exception as error:
             for path in folder.glob(f"{FILE}*"):
                 path.unlink()
@@ -71,7 +71,7 @@ def load(folder: Path, interface: Interface) -> OnnxRunner:
 # ---------------------------------------------------------------------------------------------- writing
 
 
-def _convert(lowering: Lowering, folder: Path, opset: int) -> bool:
+def _convert(lowering: Lowering, folder: Path, opset: int) -> dict[str, Any]:
     import onnx
 
     program, exported = lowering.program, lowering.exported
@@ -80,19 +80,17 @@ def _convert(lowering: Lowering, folder: Path, opset: int) -> bool:
             exported,
             dynamo=True,
             opset_version=opset,
-            input_names=[spec.name for spec in program.inputs],
-            output_names=list(program.outputs),
             verbose=False,
         )
     model = converted.model
-    _check_interface(model, program)
+    _name_values(model.graph, [spec.name for spec in program.inputs], program.outputs)
     _name_dims(model.graph, program.inputs)
     _strip(model)
     size = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None)
     external = size > EXTERNAL_BYTES
     converted.save(str(folder / FILE), external_data=external)
     onnx.checker.check_model(str(folder / FILE), full_check=True)
-    return external
+    return {"external_data": external, "outputs": [value.name for value in model.graph.outputs]}
 
 
 def _refuse_complex(program: Program) -> None:
@@ -106,14 +104,57 @@ def _refuse_complex(program: Program) -> None:
             )  # fmt: skip
 
 
-def _check_interface(model: Any, program: Program) -> None:
-    """The converter must have kept every input and output; an unused input is easily optimised away."""
-    for kind, found, wanted in (
-        ("inputs", [value.name for value in model.graph.inputs], [spec.name for spec in program.inputs]),
-        ("outputs", [value.name for value in model.graph.outputs], list(program.outputs)),
-    ):
-        if found != wanted:
-            raise EmitError(f"the converter made the {kind} {found} of {wanted}")
+def _name_values(graph: Any, inputs: Sequence[str], outputs: Sequence[str]) -> None:
+    """Give inputs and outputs their names; the exporter's own renaming lets them collide with values in between.
+
+    An output that is an input, a constant or another output as well becomes a value of its own, for ONNX wants every
+    value named once. Where the plan names an input and an output alike, the output gets "_out" appended.
+    """
+    if (len(graph.inputs), len(graph.outputs)) != (len(inputs), len(outputs)):
+        raise EmitError(f"{len(graph.inputs)} inputs and {len(graph.outputs)} outputs came out of the converter")
+    _separate_outputs(graph)
+    values = [*graph.initializers.values(), *(value for node in graph.all_nodes() for value in node.outputs)]
+    taken = {value.name for value in (*graph.inputs, *values)} | set(inputs)
+    wanted = [*inputs, *(name if name not in inputs else _fresh(f"{name}_out", taken) for name in outputs)]
+    taken |= set(wanted)
+    for value in (*graph.inputs, *values):
+        if value.name in wanted:
+            _rename(graph, value, _fresh(f"{value.name}_value", taken))
+    for value, name in zip((*graph.inputs, *graph.outputs), wanted, strict=True):
+        _rename(graph, value, name)
+
+
+def _separate_outputs(graph: Any) -> None:
+    import onnx_ir
+
+    seen = {id(value) for value in (*graph.inputs, *graph.initializers.values())}
+    for position, value in enumerate(graph.outputs):
+        if id(value) in seen:
+            node = onnx_ir.node("Identity", inputs=[value])
+            graph.append(node)
+            (twin,) = node.outputs
+            twin.name, twin.shape, twin.type = f"{value.name}_{position}", value.shape, value.type
+            graph.outputs[position] = twin
+        seen.add(id(value))
+
+
+def _rename(graph: Any, value: Any, name: str) -> None:
+    stored = graph.initializers.get(value.name) is value
+    if stored:
+        del graph.initializers[value.name]
+    value.name = name
+    if value.const_value is not None:
+        value.const_value.name = name
+    if stored:
+        graph.initializers[name] = value
+
+
+def _fresh(name: str, taken: set[str]) -> str:
+    candidate, count = name, 1
+    while candidate in taken:
+        candidate, count = f"{name}_{count}", count + 1
+    taken.add(candidate)
+    return candidate
 
 
 def _name_dims(graph: Any, specs: Sequence[TensorSpec]) -> None:
@@ -173,7 +214,7 @@ class OnnxRunner:
     """Runner over an ``onnxruntime.InferenceSession`` with torch's number of threads."""
 
     def __init__(self, path: Path, interface: Interface) -> None:
-        self._inputs, self._outputs = interface.inputs, interface.outputs
+        self._inputs = interface.inputs
         self._device = interface.inputs[0].device if interface.inputs else torch.device("cpu")
         runtime = _require("onnxruntime")
         options = runtime.SessionOptions()
@@ -204,12 +245,12 @@ class OnnxRunner:
         import numpy
 
         arrays = {name: value.numpy() for name, value in feeds.items()}
-        return [torch.from_numpy(numpy.asarray(value)) for value in self._session.run(list(self._outputs), arrays)]
+        return [torch.from_numpy(numpy.asarray(value)) for value in self._session.run(None, arrays)]
 
     def _run_values(self, feeds: Mapping[str, Tensor]) -> list[Tensor]:
         """For bfloat16, which numpy does not know: its bits go in as int16, and come out through DLPack."""
         values = {name: _to_ort(value) for name, value in feeds.items()}
-        results = self._session.run_with_ort_values(list(self._outputs), values)
+        results = self._session.run_with_ort_values(None, values)
         return [
             torch.from_dlpack(value._ortvalue.to_dlpack()).clone()
             if value.element_type() == _BFLOAT16

@@ -103,9 +103,9 @@ class Source:
             return parameter.initial(torch.Generator().manual_seed(seed))
         key = name if name in self.stored else name.removeprefix(self._short)
         self._asked.append(key)
-        stored = self.stored.get(key)
-        # A missing key is reported by finish(), together with all others.
-        return torch.zeros(parameter.shape) if stored is None else weights.check(key, stored, parameter.shape, self.file)
+        if key not in self.stored:
+            return torch.zeros(parameter.shape)  # finish() reports it, together with all others
+        return weights.check(key, self.stored[key], parameter.shape, self.file)
 
     def finish(self) -> None:
         """Check that the file held what was asked for, and nothing else.
@@ -119,6 +119,8 @@ class Source:
                 weights.check_keys(self._asked, found, self.file)
             except PlanError as error:
                 error.hint = f"keys are named like {parameter_name(self.step, '<module path>', 'lora_A')}"
+                if any(key.startswith("base_model.model.") for key in found):
+                    error.hint += "; peft names its own base_model.model.<path>.lora_A.weight: rename them"
                 raise
 
 

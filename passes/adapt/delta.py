@@ -23,17 +23,18 @@ _POINTWISE = {1: aten.conv1d.default, 2: aten.conv2d.default, 3: aten.conv3d.def
 class InsertDelta(Pass):
     """Put the plan's LoRA, DoRA and IA3 steps into the graph, as parameters and operators that train.
 
-    Steps at one site compose in plan order, each acting on the layer that the steps before it left: two LoRAs add up, an
-    IA3 after a LoRA scales both, an IA3 before it only the base. With W the weight in canonical layout, b the bias:
+    Steps at one site compose in plan order, each acting on the layer that the steps before it left: two LoRAs add up,
+    an IA3 after a LoRA scales both, an IA3 before it only the base. With W the weight in canonical layout, b the bias:
 
     * LoRA: W ← W + s·B·A
     * DoRA: W ← m ⊙ V / ‖V‖ with V = W + s·B·A, the norm per output feature and without gradient (section 4.3 of the
       paper, and peft)
     * IA3: W ← diag(l)·W and b ← l ⊙ b on the output side, W ← W·diag(l) on the input side
 
-    What trains is not always the weight: a LoRA is a low-rank branch beside its operator, which costs little, and an IA3
-    a factor on its operand or result. Up to the last DoRA of a site, or LoRA on a grouped or transposed convolution, the
-    changed weight itself is computed in the graph. Half-precision layers compute their adapters in float32.
+    While it trains, a LoRA is a low-rank branch beside its operator, which costs little, and an IA3 a factor on its
+    operand or result. Up to the last DoRA of a site, or LoRA on a grouped or transposed convolution, the changed weight
+    itself is computed in the graph. Half-precision layers compute their adapters in float32. A convolution's branch
+    reads what the convolution reads, padding included: with ``padding_mode="reflect"`` that is the reflected image.
 
     A module that runs several times has one set of parameters.
     """
@@ -186,8 +187,8 @@ class _Site:
             return self._after(count - 1, self._times(step, source, gain))
         base = self._after(count - 1, source)
         if step.side == "in":  # one gain per row: looked up as the row is
-            column = self._emit(step, aten.reshape.default, gain, [-1, 1])
-            return self._cast(step, self._emit(step, aten.mul.Tensor, base, self._lookup(step, column, source)), self.dtype)
+            gains = self._lookup(step, self._emit(step, aten.reshape.default, gain, [-1, 1]), source)
+            return self._cast(step, self._emit(step, aten.mul.Tensor, base, gains), self.dtype)
         return self._times(step, base, gain)
 
     def _times(self, step: IA3, value: Node, gain: Node) -> Node:

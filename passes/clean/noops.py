@@ -133,13 +133,14 @@ def _moves_nothing(node: Node) -> bool:
 
 def _neutral(node: Node) -> bool:
     """x·1, x/1, x−0 and integer x+0, by a Python number. Not floating x+0: it turns −0 into +0."""
-    if len(node.args) != 2 or node.kwargs or type(number := node.args[1]) not in (int, float):
+    number: Any = node.args[1] if len(node.args) == 2 and not node.kwargs else None
+    if type(number) not in (int, float):
         return False
     if node.target in (aten.mul.Tensor, aten.div.Tensor, aten.mul.Scalar, aten.div.Scalar):
-        return number == 1
+        return bool(number == 1)
     if node.target in (aten.sub.Tensor, aten.sub.Scalar):
-        return number == 0 and math.copysign(1, number) > 0
-    return node.target in (aten.add.Tensor, aten.add.Scalar) and number == 0 and not _is_inexact(node)
+        return bool(number == 0) and math.copysign(1, number) > 0
+    return node.target in (aten.add.Tensor, aten.add.Scalar) and bool(number == 0) and not _is_inexact(node)
 
 
 def _is_inexact(node: Node) -> bool:

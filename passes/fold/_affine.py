@@ -80,7 +80,7 @@ def _batch_norm(program: Program, node: Node) -> tuple[Node, torch.Tensor, torch
 def _elementwise(program: Program, node: Node) -> tuple[Node, torch.Tensor, torch.Tensor] | None:
     """x·c, x/c, x+αc, c+αx, x−αc, c−αx with a constant c, as (x, gain, shift)."""
     left, right, *rest = node.args
-    alpha = rest[0] if rest else node.kwargs.get("alpha", 1)
+    alpha: Any = rest[0] if rest else node.kwargs.get("alpha", 1)
     if node.target in (aten.rsub.Tensor, aten.rsub.Scalar):
         left, right = right, left  # and alpha scales what is now the left
     first, second = _number(program, left), _number(program, right)

@@ -135,7 +135,10 @@ def _operator(program: Program, node: Node) -> WeightOperator | NoMatch:
     if node.op != "call_function":
         return fail(f"{'an input' if node.op == 'placeholder' else f'an {node.op}'} has no weight", node)
     operator = weight_operator(node)
-    return constant_problem(program, operator) or operator if isinstance(operator, WeightOperator) else operator
+    if isinstance(operator, NoMatch):
+        return operator
+    problem = constant_problem(program, operator)  # a NoMatch is falsy: it cannot be chained with `or`
+    return operator if problem is None else problem
 
 
 def _blocked(way: Passage, affine: Affine, dim: int | None) -> str | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -60,9 +61,9 @@ class FoldDelta(Pass):
         found = [find_region(program, nodes) for nodes in calls]
         regions = [region for region in found if isinstance(region, Region)]
         steps = _steps(ctx, calls)
-        if miss := next((region for region in found if isinstance(region, NoMatch)), None):
-            ctx.near_misses.append(miss)
-            _report(ctx, path, steps, "refused", detail=f"stays beside its operator: {miss.reason}")
+        if misses := [region for region in found if isinstance(region, NoMatch)]:
+            ctx.near_misses.extend(misses)
+            _report(ctx, path, steps, "refused", detail=f"stays beside its operator: {misses[0].reason}")
             return 0
         inside = {node for nodes in calls for node in nodes}
         weight, bias, detail = self._constants(program, path, regions[0], steps, inside)
@@ -71,14 +72,15 @@ class FoldDelta(Pass):
             operator = region.operator
             source = moved.get(operator.input, operator.input)
             args, kwargs = operator.call_arguments(input=source, weight=weight, bias=bias)
-            folded = program.call(operator.node.target, *args, before=region.result, like=operator.node, **kwargs)
+            target: Any = operator.node.target
+            folded = program.call(target, *args, before=region.result, like=operator.node, **kwargs)
             folded.meta.pop("fxfreeze", None)
             program.replace(region.result, folded)
             moved[region.result] = folded
         for nodes in reversed(calls):
             for node in reversed(nodes):
                 program.graph.erase_node(node)
-        _report(ctx, path, steps, "rewritten", f"{operator.node.target} with the adapter in its weight", detail)
+        _report(ctx, path, steps, "rewritten", f"{target} with the adapter in its weight", detail)
         return len(regions)
 
     def _constants(
@@ -94,13 +96,12 @@ class FoldDelta(Pass):
         if operator.bias is not None and bias is not None:
             new_bias = _replaced(program, operator.bias, bias, region, path, inside)
         if new_weight is operator.weight:
-            return new_weight, new_bias, "the adapter leaves the weight as it is"
+            return new_weight, new_bias, "the weight stays as it is"
         if _is_more_than_rounding(weight, base):
             names = ", ".join(step.name for step in steps)
             program.folds[str(new_weight.target)] = Fold(names, path, base, MAX_LOSS)
-        if shared:
-            return new_weight, new_bias, f"a copy of {operator.weight.target}, which {', '.join(shared)} reads unchanged"
-        return new_weight, new_bias, ""
+        detail = f"a copy of {operator.weight.target}, which {', '.join(shared)} reads unchanged" if shared else ""
+        return new_weight, new_bias, detail
 
     def effective(
         self, program: Program, operator: WeightOperator, steps: list[DeltaStep],
@@ -146,9 +147,7 @@ def find_region(program: Program, nodes: list[Node]) -> Region | NoMatch:
     weight, bias = _source(operator.weight, inside), _source(operator.bias, inside)
     if weight is None or (bias is None) != (operator.bias is None):
         return fail("the adapted weight or bias does not come from one constant", bases[0])
-    plain = WeightOperator(
-        bases[0], operator.kind, entering[0], weight, bias, operator.groups, operator.shape
-    )
+    plain = WeightOperator(bases[0], operator.kind, entering[0], weight, bias, operator.groups, operator.shape)
     return Region(plain, leaving[0], parameters)
 
 

@@ -1,0 +1,471 @@
+"""The benchmark harness: what is measured, in which order, what is written about it. No real clock is asserted."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+# Only for this import: on sys.path for good, the root would offer its folder `kernels` to every package.
+sys.path.insert(0, str(ROOT))
+try:
+    import benchmarks.harness as harness
+    from benchmarks.harness import (
+        DURATION,
+        LATENCY,
+        PEAK_MEMORY,
+        Case,
+        Peer,
+        Reading,
+        Unavailable,
+        child,
+        memory,
+        models,
+        noise,
+        record,
+        stats,
+        table,
+    )
+    from benchmarks.harness.case import WrongOutput, relative_error
+    from benchmarks.harness.clock import calibrate, clock_for, wall_clock
+    from benchmarks.harness.runner import Measurement, Runner, round_orders
+finally:
+    sys.path.remove(str(ROOT))
+
+cli = [sys.executable, "-m", "benchmarks"]
+
+
+class FakeClock:
+    """Time passes only where a synthetic peer says so."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.log: list[str] = []
+
+    def __call__(self, body: Callable[[], object]) -> float:
+        start = self.now
+        body()
+        return self.now - start
+
+    def peer(self, name: str, seconds: Callable[[int], float], output: Any = 1.0, **given: Any) -> Peer:
+        """`seconds(n)` is the time of the n-th call; `output` the value it returns."""
+        calls = iter(range(10**9))
+
+        def call(*inputs: Any) -> torch.Tensor:
+            self.now += seconds(next(calls))
+            self.log.append(name)
+            return torch.as_tensor(output)
+
+        return Peer(name, lambda: call, **given)
+
+
+def run(clock: FakeClock, *peers: Peer, rounds: int = 5, **given: Any) -> dict[str, Measurement]:
+    settings = {"reference": lambda *inputs: torch.tensor(1.0), "baseline": peers[0].name, **given}
+    measured = Runner(rounds=rounds, clock=clock, seed=3).run(Case("case", peers, **settings))
+    return {m.peer: m for m in measured}
+
+
+# ---- correctness before time
+
+
+def test_an_incorrect_peer_is_reported_and_not_timed() -> None:
+    clock = FakeClock()
+    found = run(clock, clock.peer("a", lambda n: 0.01), clock.peer("bad", lambda n: 0.001, output=1.1))
+    assert clock.log.count("bad") == 1  # the check, and nothing after it
+    assert (found["bad"].status, found["bad"].value, found["bad"].rounds) == ("wrong", None, 0)
+    assert found["bad"].error == pytest.approx(0.1, rel=1e-5) and "tolerance" in found["bad"].reason
+    assert found["a"].status == "ok" and found["a"].value == pytest.approx(0.01)
+
+
+@pytest.mark.parametrize("output", [float("nan"), float("inf"), [1.0, 1.0], "text"])
+def test_nan_shape_and_type_are_never_right(output: Any) -> None:
+    clock = FakeClock()
+    found = run(clock, clock.peer("a", lambda n: 1.0), Peer("bad", lambda: lambda: output))
+    assert found["bad"].status in ("wrong", "failed") and found["bad"].value is None
+    json.dumps(found["bad"].__dict__, allow_nan=False)
+
+
+def test_a_peer_that_goes_wrong_while_it_is_timed_loses_its_time() -> None:
+    clock, calls = FakeClock(), []
+
+    def drift() -> torch.Tensor:
+        calls.append(1)
+        clock.now += 0.1
+        return torch.tensor(1.0 if len(calls) < 3 else 2.0)
+
+    found = run(clock, clock.peer("a", lambda n: 0.1), Peer("drifting", lambda: drift))
+    assert found["drifting"].status == "wrong" and found["drifting"].value is None
+    assert "after it was timed" in found["drifting"].reason
+
+
+def test_a_peer_that_changes_its_input_is_wrong_and_harms_no_other() -> None:
+    seen = []
+
+    def honest(x: torch.Tensor) -> torch.Tensor:
+        seen.append(x.clone())
+        clock.now += 1.0
+        return x * 2
+
+    clock = FakeClock()
+    peers = (Peer("vandal", lambda: lambda x: x.mul_(2)), Peer("honest", lambda: honest))
+    found = run(clock, *peers, reference=lambda x: x * 2, inputs=lambda g: (torch.randn(3, generator=g),))
+    assert found["vandal"].status == "wrong" and "changed its input" in found["vandal"].reason
+    assert found["honest"].status == "ok" and all(torch.equal(x, seen[0]) for x in seen)
+
+
+def test_a_peer_may_have_a_reference_of_its_own() -> None:
+    clock = FakeClock()
+    other = clock.peer("other", lambda n: 0.1, output=5.0, reference=lambda: torch.tensor(5.0))
+    found = run(clock, clock.peer("a", lambda n: 0.1), other)
+    assert found["other"].status == "ok" and found["other"].error == 0.0
+
+
+def test_an_artifact_without_a_target_is_judged_by_its_like_with_one_if_that_holds_the_same_program() -> None:
+    class Artifact:
+        def __init__(self, *hashes: str) -> None:
+            files = {f"program/{number}": {"sha256": value} for number, value in enumerate(hashes)}
+            self.manifest = {"files": {**files, f"onnx/{id(self)}": {"sha256": "x"}}}
+
+        def __call__(self, x: int) -> int:
+            return x + 1
+
+    assert models.outputs_without_target(Artifact("a", "b"), Artifact("a", "b"), 1) == 2
+    for one, other in ((("a", "b"), ("a", "c")), (("a",), ("a", "b")), ((), ())):
+        with pytest.raises(WrongOutput, match="another program"):
+            models.outputs_without_target(Artifact(*one), Artifact(*other), 1)
+
+
+def test_the_error_is_relative_to_the_largest_reference_value() -> None:
+    assert relative_error({"y": torch.tensor([1.0, 10.5])}, [torch.tensor([1.0, 10.0])]) == pytest.approx(0.05)
+    assert relative_error((torch.zeros(2), None), torch.zeros(2)) == 0.0
+    with pytest.raises(WrongOutput, match="shapes"):
+        relative_error(torch.zeros(2), torch.zeros(3))
+    with pytest.raises(ValueError, match="not finite"):
+        relative_error(torch.zeros(1), torch.tensor([float("nan")]))
+
+
+# ---- peers that cannot run
+
+
+def raising(error: Exception) -> Callable[[], Callable[..., Any]]:
+    def prepare() -> Callable[..., Any]:
+        raise error
+
+    return prepare
+
+
+def test_peers_that_cannot_run_are_rows_with_a_reason() -> None:
+    clock = FakeClock()
+    found = run(
+        clock,
+        clock.peer("a", lambda n: 0.1),
+        Peer("absent", raising(ModuleNotFoundError("No module named 'peft'"))),
+        Peer("no device", raising(Unavailable("needs a GPU"))),
+        Peer("broken", raising(RuntimeError("it broke\nand more"))),
+        clock.peer("no reference", lambda n: 0.1, reference=raising(ImportError("no peft"))),
+    )
+    assert [(m.status, m.reason) for m in list(found.values())[1:]] == [
+        ("unavailable", "ModuleNotFoundError: No module named 'peft'"),
+        ("unavailable", "needs a GPU"),
+        ("failed", "RuntimeError: it broke"),
+        ("unavailable", "its reference: ImportError: no peft"),
+    ]
+    assert found["a"].status == "ok" and clock.log.count("no reference") == 0
+
+
+def test_without_a_baseline_there_is_a_time_but_no_ratio_and_no_verdict() -> None:
+    clock = FakeClock()
+    found = run(clock, Peer("base", raising(Unavailable("gone"))), clock.peer("b", lambda n: 0.1, limit=2.0))
+    assert found["b"].value == pytest.approx(0.1) and found["b"].ratio is None
+    assert found["b"].verdict == "not measured"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has the device")
+def test_a_device_that_is_not_there_makes_every_peer_unavailable() -> None:
+    found = run(FakeClock(), FakeClock().peer("a", lambda n: 0.1), device="cuda")
+    assert (found["a"].status, found["a"].reason) == ("unavailable", "no CUDA device")
+
+
+def test_a_case_refuses_a_baseline_it_does_not_have_and_two_peers_of_one_name() -> None:
+    peer = FakeClock().peer("a", lambda n: 0.1)
+    with pytest.raises(ValueError, match="baseline 'x'"):
+        Case("case", (peer,), baseline="x", reference=lambda: None)
+    with pytest.raises(ValueError, match="device 'cuda:1'"):
+        Case("case", (peer,), baseline="a", reference=lambda: None, device="cuda:1")
+    with pytest.raises(ValueError, match="share a name"):
+        Case("case", (peer, peer), baseline="a", reference=lambda: None)
+
+
+# ---- order, loops, ratios
+
+
+def test_every_round_has_every_peer_once_and_starts_vary() -> None:
+    orders = round_orders(3, 50, seed=0)
+    assert all(sorted(order) == [0, 1, 2] for order in orders)
+    assert {order[0] for order in orders} == {0, 1, 2}
+    assert orders == round_orders(3, 50, seed=0) != round_orders(3, 50, seed=1)
+
+
+def test_rounds_are_interleaved_as_ordered() -> None:
+    clock = FakeClock()
+    run(clock, *(clock.peer(name, lambda n: 1.0) for name in "abc"), rounds=8, metric=DURATION)
+    timed = clock.log[3:]  # after one check each
+    assert timed == ["abc"[index] for order in round_orders(3, 8, seed=3) for index in order]
+
+
+def test_the_inner_loop_is_as_long_as_the_target_asks() -> None:
+    clock = FakeClock()
+    found = run(clock, clock.peer("slow", lambda n: 1.0), clock.peer("fast", lambda n: 1e-5))
+    assert found["slow"].inner == 1 and 5000 <= found["fast"].inner <= 7500
+    assert found["fast"].value == pytest.approx(1e-5)
+    assert calibrate(clock, lambda: None, 1.0) == 100_000  # a clock that stands still ends the search
+
+
+def test_the_ratio_is_taken_within_each_round_so_a_slow_spell_cancels_out() -> None:
+    clock = FakeClock()
+
+    def slower_and_slower(factor: float) -> Callable[[int], float]:
+        return lambda n: factor * 1.5**n
+
+    peers = clock.peer("a", slower_and_slower(1.0)), clock.peer("b", slower_and_slower(1.25), limit=1.3)
+    found = run(clock, *peers, rounds=9, metric=DURATION)
+    ratio = found["b"].ratio
+    assert ratio is not None and all(value == pytest.approx(1.25) for value in ratio.values())
+    assert found["b"].verdict == "met" and found["a"].spread is not None and found["a"].spread["iqr"] > 1
+
+
+def test_verdicts_need_the_whole_interval() -> None:
+    noisy = stats.ratio([1.0, 1.2, 1.1, 0.9, 1.3, 1.0], [1.0] * 6)
+    assert noisy.low is not None and noisy.high is not None and noisy.low < noisy.value < noisy.high
+    assert (noisy.verdict(2.0), noisy.verdict(1.05), noisy.verdict(0.5)) == ("met", "unclear", "missed")
+    assert noisy.verdict(None) is None
+    assert stats.ratio([1.0, 1.0], [1.0, 1.0]).verdict(2.0) == "unclear"  # two rounds have no interval
+    assert stats.spread([1.0, 2.0, 3.0, 4.0, 100.0]) == {"iqr": 2.0, "mad": 1.0}
+
+
+def test_a_quick_run_has_no_limits() -> None:
+    clock = FakeClock()
+    case = Case("case", (clock.peer("a", lambda n: 0.1, limit=0.5),), baseline="a", reference=lambda: torch.tensor(1.0))
+    (found,) = Runner(rounds=3, clock=clock, quick=True).run(case)
+    assert found.limit is None and found.verdict is None and found.value == pytest.approx(0.1)
+
+
+def test_the_cuda_clock_waits_for_the_last_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    log: list[str] = []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            log.append("record")
+
+        def synchronize(self) -> None:
+            log.append("wait for the event")
+
+        def elapsed_time(self, other: Event) -> float:
+            return 250.0
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: log.append("synchronize"))
+    assert clock_for("cuda")(lambda: log.append("body")) == 0.25  # torch counts in milliseconds
+    assert log == ["synchronize", "record", "body", "record", "wait for the event"]
+    assert clock_for("cpu") is wall_clock
+
+
+def test_a_peer_may_measure_itself_and_each_of_its_readings_is_judged() -> None:
+    readings = iter([Reading(40.0, 0.0), Reading(40.0, 0.0), Reading(40.0, 0.5)])
+    constant = Peer("bytes", lambda: lambda: Reading(10.0, 0.0))
+    found = run(FakeClock(), constant, Peer("b", lambda: lambda: next(readings)), metric=PEAK_MEMORY, rounds=2)
+    assert found["b"].status == "wrong" and found["b"].error == 0.5 and found["b"].ratio is None
+    assert found["bytes"].value == 10.0
+
+
+def test_the_same_seed_gives_the_same_inputs() -> None:
+    seen: list[torch.Tensor] = []
+
+    def keep(x: torch.Tensor) -> torch.Tensor:
+        seen.append(x)
+        return x
+
+    for _ in range(2):
+        clock = FakeClock()
+        peer = clock.peer("a", lambda n: 1.0)
+        draw: dict[str, Any] = {"inputs": lambda g: (torch.randn(4, generator=g),), "reference": keep}
+        run(clock, peer, **draw, metric=DURATION, rounds=1)
+    assert torch.equal(*seen)
+
+
+# ---- noise
+
+
+def test_work_of_others_and_stolen_time_are_told_apart_from_our_own() -> None:
+    start = noise.Snapshot(when=0.0, busy=100.0, steal=1.0, total=1000.0, own=50.0)
+    end = noise.Snapshot(when=10.0, busy=116.0, steal=2.0, total=1020.0, own=58.0)
+    steal, others = noise.compare(start, end)
+    assert (steal, others) == (0.05, 0.8)
+    assert len(noise.reasons(1e9, steal, others)) == 3
+    assert noise.reasons(0.0, 0.0, 0.0) == noise.reasons(None, None, None) == []
+
+
+# ---- memory of a child process
+
+
+def test_a_child_process_is_measured_apart_from_its_parent(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "work.py").write_text(
+        "def small():\n    return lambda: 0.0\n"
+        "def big(size):\n    kept = bytearray(size)\n    return lambda: len(kept) * 0.0 + 0.25\n"
+        "def missing():\n    import a_package_that_is_not_there\n"
+        "def broken():\n    raise OSError('no space')\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    ballast = bytearray(300 * 2**20)  # ru_maxrss would pass this on to the children
+    reading = memory.peak_above("work:small", "work:big", size=64 * 2**20)()()
+    del ballast
+    assert 60 * 2**20 < reading.value < 80 * 2**20 and reading.error == 0.25
+    with pytest.raises(Unavailable, match="a_package_that_is_not_there"):
+        memory.child("work:missing")
+    with pytest.raises(RuntimeError, match="no space"):
+        memory.child("work:broken")
+    assert child.peak_rss() > 2**20
+
+
+# ---- rows, files, tables
+
+
+def shared(**changes: Any) -> record.Environment:
+    made = record.environment("name", quick=True, seed=7, command="python -m benchmarks run name --quick")
+    return record.Environment(**{**made.__dict__, **changes})
+
+
+def some_rows() -> list[Measurement]:
+    clock = FakeClock()
+    peers = [clock.peer("a|b", lambda n: 0.0123), clock.peer("c", lambda n: 0.0246, limit=3.0)]
+    return list(run(clock, *peers, Peer("gone", raising(Unavailable("not here")))).values())
+
+
+def test_a_row_says_what_where_when_and_with_what(tmp_path: Path) -> None:
+    with record.Writer(tmp_path / "new" / "name.jsonl", shared()) as writer:
+        writer.write(some_rows())
+    rows = record.read(tmp_path / "new" / "name.jsonl")
+    assert [row["peer"] for row in rows] == ["a|b", "c", "gone"]
+    wanted = {
+        "case", "peer", "metric", "unit", "value", "spread", "rounds", "ratio", "baseline", "tolerance",
+        "error", "machine", "versions", "git", "time", "seed", "command", "threads", "noise", "status", "reason",
+    }  # fmt: skip
+    assert all(wanted <= row.keys() == record.FIELDS for row in rows)
+    row = rows[1]
+    assert (row["metric"], row["unit"], row["seed"], row["rounds"]) == ("latency", "s", 7, 5)
+    assert row["ratio"]["value"] == pytest.approx(2.0) and row["verdict"] == "met"
+    assert {"cpu", "cores", "memory", "os", "gpu"} == row["machine"].keys()
+    assert row["versions"]["torch"] and row["time"].endswith("+00:00")
+    assert str(ROOT) not in json.dumps(row)
+
+
+def test_a_run_that_dies_leaves_the_old_file_and_what_it_had(tmp_path: Path) -> None:
+    path = tmp_path / "name.jsonl"
+    path.write_text("old")
+    with pytest.raises(KeyboardInterrupt), record.Writer(path, shared()) as writer:
+        writer.write(some_rows())
+        raise KeyboardInterrupt
+    assert path.read_text() == "old" and len(record.read(tmp_path / "name.jsonl.partial")) == 3
+
+
+def test_what_is_not_a_row_is_refused_with_its_line(tmp_path: Path) -> None:
+    path = tmp_path / "name.jsonl"
+    good = json.dumps(record.row(some_rows()[0], shared()))
+    for bad, message in (
+        ("{", "line 2: not JSON"),
+        ('{"case": 1}', "fields: .*versions"),
+        ("3", "not an object"),
+    ):
+        path.write_text(f"{good}\n{bad}\n")
+        with pytest.raises(record.ResultError, match=message):
+            record.read(path)
+    with pytest.raises(record.ResultError, match="cannot read"):
+        record.read(tmp_path / "absent.jsonl")
+
+
+def test_the_table_has_a_line_for_every_row_and_a_heading_for_every_run() -> None:
+    rows = [record.row(m, shared(time=time)) for time in ("2030-01-01", "2030-01-02") for m in some_rows()]
+    for row in rows:
+        row["noise"] = {"noisy": ["steal 3.0%"]}
+    text = table.markdown(rows)
+    assert text.count("| case | peer |") == 2 and "2030-01-01" in text and "2030-01-02" in text
+    lines = [line for line in text.splitlines() if line.startswith("| case |") and "---" not in line]
+    body = [line for line in lines if "| peer |" not in line]
+    assert body[0].startswith("| case | a\\|b (baseline) | 12.3 ms ± 0")
+    assert "2.000 [2.000, 2.000] | ≤ 3 met | 0.0e+00 ≤ 1e-04 | 5 | noisy: steal 3.0% |" in body[1]
+    assert body[2].endswith("| 0 | unavailable: not here |")
+    assert table.markdown([]) == ""
+
+
+def test_quantities_choose_one_unit_for_value_and_spread() -> None:
+    assert table.quantity(3 * 2**20, 2**19, "B") == "3 MiB ± 0.5"
+    assert table.quantity(2e-5, 1e-6, "s") == "20 µs ± 1"
+    assert table.quantity(0.5, 0.01, "accuracy") == "0.5 accuracy ± 0.01"
+
+
+# ---- git
+
+
+def git(folder: Path, *arguments: str) -> None:
+    who = ["-c", "user.name=n", "-c", "user.email=e@example.org", "-c", "commit.gpgsign=false"]
+    subprocess.run(["git", "-C", str(folder), *who, *arguments], check=True, capture_output=True)
+
+
+def test_the_revision_and_what_makes_it_dirty(tmp_path: Path) -> None:
+    git(tmp_path, "init")
+    assert record.git_revision(tmp_path) is None  # no commit yet
+    (tmp_path / "code.py").write_text("1")
+    git(tmp_path, "add", ".")
+    git(tmp_path, "commit", "-m", "first")
+    clean = record.git_revision(tmp_path)
+    assert clean is not None and len(clean["revision"]) == 40 and clean["dirty"] is False
+    (tmp_path / "benchmarks" / "results").mkdir(parents=True)
+    (tmp_path / "benchmarks" / "results" / "name.jsonl").write_text("{}")
+    assert record.git_revision(tmp_path) == clean  # a run's own result does not make the next one dirty
+    (tmp_path / "code.py").write_text("2")
+    assert record.git_revision(tmp_path) == clean | {"dirty": True}
+    (tmp_path / "unpacked").mkdir()
+    assert record.git_revision(tmp_path / "unpacked") is None  # inside another's checkout
+
+
+def test_outside_a_checkout_or_without_git_there_is_no_revision(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    assert record.git_revision(tmp_path) is None
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert record.git_revision(tmp_path) is None
+
+
+# ---- the command line
+
+
+def test_list_names_every_benchmark_without_importing_it() -> None:
+    done = subprocess.run([*cli, "list"], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert all(name in done.stdout for name in ("compile_time", "peak_memory", "folded_lora"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["run", "nothing"], "no benchmark is named 'nothing'"),
+        (["table", "absent.jsonl"], "cannot read absent.jsonl"),
+    ],
+)
+def test_errors_are_one_line_and_status_2(arguments: list[str], message: str) -> None:
+    done = subprocess.run([*cli, *arguments], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
+
+
+def test_the_public_names_are_there() -> None:
+    assert all(hasattr(harness, name) for name in harness.__all__) and LATENCY.looped and not DURATION.looped
