@@ -25,7 +25,6 @@ import fxfreeze as fz
 with (Path(__file__).parent / "architectures.toml").open("rb") as _file:
     CASES: dict[str, Any] = tomllib.load(_file)
 SEQ2SEQ = ("BartModel", "T5Model")
-LOOPS = ("MambaForCausalLM",)
 AUDIO = ("HubertModel", "Wav2Vec2Model")
 
 
@@ -96,11 +95,11 @@ def _transformers(name: str) -> tuple[Any, fz.Plan]:
         return model, _image_plan(800, name="input_values", outputs=outputs)
     if name == "WhisperEncoder":
         return model, _image_plan(8, 32, name="input_features", outputs=outputs)
-    # Mamba's scan is a Python loop over the sequence, which no export can leave open.
-    length: int | str = 8 if name in LOOPS else "sequence"
+    length = case.get("sequence", "sequence")
     ids = [fz.Input(item, dtype="int64", shape=("batch", length), low=2, high=98)
            for item in (("input_ids", "decoder_input_ids") if name in SEQ2SEQ else ("input_ids",))]  # fmt: skip
-    return model, fz.Plan(inputs=ids, outputs=outputs, dims={} if name in LOOPS else {"sequence": fz.Dim(min=2, max=64)})
+    dims = {"sequence": fz.Dim(min=2, max=64)} if length == "sequence" else {}
+    return model, fz.Plan(inputs=ids, outputs=outputs, dims=dims)
 
 
 def attempt(name: str, targets: tuple[str, ...], verify: str) -> dict[str, Any]:
@@ -152,7 +151,10 @@ def main() -> int:
     for name in chosen:
         row = run_one(name, targets, options.verify, options.limit)
         rows.append(row)
-        print(f"{'ok  ' if row['ok'] else 'FAIL'} {name} {row.get('seconds', '')} {row.get('error', '')}"[:600], flush=True)
+        print(
+            f"{'ok  ' if row['ok'] else 'FAIL'} {name} {row.get('seconds', '')} {row.get('error', '')}"[:600],
+            flush=True,
+        )
         if options.out:
             with options.out.open("a") as file:
                 file.write(json.dumps(row) + "\n")

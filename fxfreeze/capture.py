@@ -190,9 +190,7 @@ def _export(
     tried: list[tuple[str, BaseException]] = []
     for strict in (False, True):
         try:
-            return torch.export.export(
-                flat, tuple(inputs), dynamic_shapes=_dynamic_shapes(specs, dims), strict=strict
-            )
+            return torch.export.export(flat, tuple(inputs), dynamic_shapes=_dynamic_shapes(specs, dims), strict=strict)
         except FxfreezeError:
             raise
         except Exception as error:
@@ -202,9 +200,7 @@ def _export(
 
 def _dynamic_shapes(specs: Sequence[TensorSpec], dims: Mapping[str, tuple[int, int | None]]) -> Any:
     # A minimum of 1 is left unsaid: torch.export would read it as a promise that the graph was guarded for 1.
-    known = {
-        name: Dim(_identifier(name), min=low if low > 1 else None, max=high) for name, (low, high) in dims.items()
-    }
+    known = {name: Dim(_identifier(name), min=low if low > 1 else None, max=high) for name, (low, high) in dims.items()}
     per_input = tuple(
         {axis: known[size] for axis, size in enumerate(spec.shape) if isinstance(size, str)} for spec in specs
     )
@@ -312,8 +308,11 @@ def _with_range(spec: TensorSpec, placeholder: Node) -> TensorSpec:
 
 
 def _refuse_batch_statistics(program: Program) -> None:
+    fixed: set[Node] = set()  # computed from constants alone: weight standardisation is a batch-norm of a weight
     for node in program.graph.nodes:
-        if node.target is torch.ops.aten.batch_norm.default and (node.args[5] or node.args[3] is None):
+        if node.op in ("get_attr", "call_function") and all(operand in fixed for operand in node.all_input_nodes):
+            fixed.add(node)
+        elif node.target is torch.ops.aten.batch_norm.default and (node.args[5] or node.args[3] is None):
             raise CaptureError(
                 "batch-norm without running statistics normalises by the batch it is given, so it is not frozen",
                 where=program.module_path(node), line=program.source_line(node),

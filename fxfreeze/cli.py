@@ -34,7 +34,10 @@ if TYPE_CHECKING:
     from torch import nn
 
 app = typer.Typer(
-    help="A compiler for frozen neural networks.", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False
+    help="A compiler for frozen neural networks.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
 )
 _out, _err = Console(), Console(stderr=True)
 _EXIT_CODES: tuple[tuple[type[FxfreezeError], int], ...] = (
@@ -135,7 +138,12 @@ def passes(as_json: Json = False) -> None:
     from .passes import PIPELINE
 
     rows = [
-        {"name": item.name, "stage": item.stage, "exact": item.exact, "what": (item.__doc__ or "").strip().split("\n")[0]}
+        {
+            "name": item.name,
+            "stage": item.stage,
+            "exact": item.exact,
+            "what": (item.__doc__ or "").strip().split("\n")[0],
+        }
         for item in PIPELINE
     ]
     if as_json:
@@ -176,7 +184,9 @@ def demo(
 def _show_demo(result: Any) -> None:
     from rich.table import Table
 
-    table = Table("", "accuracy", "ms per image", title="digits turned by 45°", title_justify="left", header_style="bold")
+    table = Table(
+        "", "accuracy", "ms per image", title="digits turned by 45°", title_justify="left", header_style="bold"
+    )
     for name, score in result.accuracy.items():
         time_ms = result.latency_ms.get(name)
         table.add_row(name, f"{100 * score:.1f} %", "" if time_ms is None else f"{time_ms:.3f}")
@@ -219,13 +229,13 @@ def _load_weights(model: nn.Module, weights: Path) -> None:
     tensors = _load_tensors(weights)
     known = dict(model.state_dict())
     # A file keeps one name of tied tensors; the others are filled by the tie.
-    tied = {name for name in known if name not in tensors and any(known[name] is known[other] or
-            known[name].data_ptr() == known[other].data_ptr() for other in tensors if other in known)}  # fmt: skip
+    given = {known[name].data_ptr() for name in tensors if name in known}
+    tied = {name for name, value in known.items() if name not in tensors and value.data_ptr() in given}
     missing, unknown = sorted(known.keys() - tensors.keys() - tied), sorted(tensors.keys() - known.keys())
     wrong = [f"{name} {tuple(tensors[name].shape)} (model: {tuple(known[name].shape)})"
              for name in known.keys() & tensors.keys() if tensors[name].shape != known[name].shape]  # fmt: skip
-    problems = [f"{what}: {', '.join(names[:5])}{' …' if len(names) > 5 else ''}"
-                for what, names in (("missing", missing), ("unknown", unknown), ("wrong shape", wrong)) if names]  # fmt: skip
+    kinds = (("missing", missing), ("unknown", unknown), ("wrong shape", wrong))
+    problems = [f"{what}: {', '.join(names[:5])}{' …' if len(names) > 5 else ''}" for what, names in kinds if names]
     if problems:
         raise ArtifactError(f"the weights do not fit the model; {'; '.join(problems)}", where=str(weights))
     model.load_state_dict(tensors, strict=False)
@@ -262,7 +272,9 @@ def progress(*, quiet: bool) -> Iterator[Callable[[str], None]]:
         return
     from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-    with Progress(SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), console=_err, transient=True) as bar:
+    with Progress(
+        SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), console=_err, transient=True
+    ) as bar:
         task = bar.add_task("starting", total=None)
         yield lambda text: bar.update(task, description=text)
 

@@ -70,7 +70,7 @@ def passage(node: Node) -> Passage | None:
         order: list[int] = list(node.args[1])  # type: ignore[arg-type]
         return Passage({at - ndim: dim % ndim - ndim for at, dim in enumerate(order)})
     if target is aten.transpose.int:
-        first, second = (dim % ndim - ndim for dim in node.args[1:3])  # type: ignore[operator]
+        first, second = (int(dim) % ndim - ndim for dim in node.args[1:3])  # type: ignore[arg-type]
         return Passage(_same(ndim) | {first: second, second: first})
     return Passage(_reshaped(operand.shape, result.shape)) if target in RESHAPES else None
 

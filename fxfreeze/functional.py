@@ -91,7 +91,9 @@ def _twin(target: Any) -> Any | None:
         return _TWINS[target]
     packet = getattr(torch.ops, target.namespace), target._schema.name.split("::")[1].removesuffix("_")
     overload = getattr(getattr(*packet, None), target._overloadname, None)
-    written = [argument for argument in target._schema.arguments if argument.alias_info and argument.alias_info.is_write]
+    written = [
+        argument for argument in target._schema.arguments if argument.alias_info and argument.alias_info.is_write
+    ]
     if overload is None or overload._schema.is_mutable or len(written) != 1:
         return None
     # Types, not names: dropout_(self, …) is dropout(input, …).

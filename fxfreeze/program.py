@@ -36,6 +36,9 @@ SYMBOLIC_FUNCTIONS: frozenset[Any] = frozenset(
 """Python functions on sizes that may stand in a graph beside operators."""
 
 
+_CPU = torch.device("cpu")
+
+
 @dataclass(frozen=True)
 class TensorSpec:
     """A flat tensor input: its name (dotted when nested), dtype, shape (a string is a symbolic dim), the closed range
@@ -46,7 +49,7 @@ class TensorSpec:
     shape: tuple[int | str, ...]
     low: float | None = None
     high: float | None = None
-    device: torch.device = torch.device("cpu")
+    device: torch.device = _CPU
 
 
 ADAPTERS = "adapters."
@@ -476,7 +479,8 @@ def is_operator(target: Any) -> bool:
     """Whether a call target may stand in a Program."""
     if isinstance(target, torch._ops.OpOverload | torch._ops.HigherOrderOperator):
         return True
-    return target in SYMBOLIC_FUNCTIONS or getattr(target, "__module__", "") in ("math", "torch.fx.experimental.sym_node")
+    module = getattr(target, "__module__", "")
+    return target in SYMBOLIC_FUNCTIONS or module in ("math", "torch.fx.experimental.sym_node")
 
 
 def is_mutating(target: Any) -> bool:

@@ -120,7 +120,9 @@ def _number(value: float | None) -> str:
 
 
 def _table(title: str, columns: Sequence[str], right: Sequence[int] = ()) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold", header_style="bold", pad_edge=False, box=SIMPLE_HEAD)
+    table = Table(
+        title=title, title_justify="left", title_style="bold", header_style="bold", pad_edge=False, box=SIMPLE_HEAD
+    )
     for position, column in enumerate(columns):
         table.add_column(column, justify="right" if position in right else "left", overflow="fold")
     return table

@@ -179,6 +179,7 @@ def patterns(step: Step) -> tuple[str, ...]:
 
 def nearest(pattern: str, paths: Sequence[str], count: int = 5) -> list[str]:
     """The `count` paths most like `pattern`."""
+
     def likeness(path: str) -> float:
         return SequenceMatcher(None, pattern.replace("*", ""), path).ratio()
 

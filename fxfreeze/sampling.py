@@ -108,7 +108,9 @@ def sample_inputs(
 def _resize(example: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
     for axis, size in enumerate(shape):
         if example.shape[axis] != size:
-            example = example.index_select(axis, torch.arange(size, device=example.device) % max(example.shape[axis], 1))
+            example = example.index_select(
+                axis, torch.arange(size, device=example.device) % max(example.shape[axis], 1)
+            )
     return example.detach().clone()
 
 

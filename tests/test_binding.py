@@ -49,8 +49,16 @@ class TestInputs:
                 {},
                 "unknown input 'batch.type'",
             ),
-            ((tensors(1)[0], dict(zip(("ids", "mask"), tensors(2))), tensors(3)), {}, "unknown input 'feats.2'"),
-            ((tensors(1)[0], dict(zip(("ids", "mask"), tensors(2))), tensors(1)), {}, "'feats' has only 1 items"),
+            (
+                (tensors(1)[0], dict(zip(("ids", "mask"), tensors(2))), tensors(3)),
+                {},
+                "unknown input 'feats.2'",
+            ),
+            (
+                (tensors(1)[0], dict(zip(("ids", "mask"), tensors(2))), tensors(1)),
+                {},
+                "'feats' has only 1 items",
+            ),
             (
                 (tensors(1)[0], dict(zip(("ids", "mask"), tensors(2))), tensors(2)),
                 {"batch.ids": tensors(1)[0]},
@@ -123,7 +131,7 @@ class TestOutputs:
 
     def test_a_tensor_returned_twice_stays_twice(self):
         (a,) = tensors(1)
-        structure, names, flat = describe((a, a))
+        _structure, names, flat = describe((a, a))
         assert names == ["output_0", "output_1"] and flat[0] is flat[1] is a
 
     @pytest.mark.parametrize("leaf", [3, 1.5, "text", {1: torch.zeros(1)}, object()])

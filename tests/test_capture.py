@@ -278,8 +278,8 @@ def test_a_module_called_twice_is_one_site():
 
 
 def test_a_parameter_owner_is_a_site_though_its_forward_never_runs():
-    program, _ = capture(nn.MultiheadAttention(8, 2, batch_first=True), fz.Plan(
-        inputs=[fz.Input(name, shape=("batch", 5, 8)) for name in ("query", "key", "value")], outputs=["0"]))  # fmt: skip
+    inputs = [fz.Input(name, shape=("batch", 5, 8)) for name in ("query", "key", "value")]
+    program, _ = capture(nn.MultiheadAttention(8, 2, batch_first=True), fz.Plan(inputs=inputs, outputs=["0"]))
     assert any(node.target is aten.linear.default for node in program.sites()["out_proj"])
 
 

@@ -47,9 +47,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     plan.save(place / "plan.toml")
     plan.model_copy(update={"targets": ()}).save(place / "bare.toml")
     torch.manual_seed(1)
-    weights = {"0.weight": torch.randn(8, 4), "0.bias": torch.randn(8), "3.weight": torch.randn(2, 8), "3.bias": torch.zeros(2),
-               "1.weight": torch.ones(8), "1.bias": torch.zeros(8), "1.running_mean": torch.randn(8),
-               "1.running_var": torch.rand(8) + 0.5, "1.num_batches_tracked": torch.tensor(3)}  # fmt: skip
+    shapes = {"0.weight": (8, 4), "0.bias": (8,), "3.weight": (2, 8), "3.bias": (2,), "1.weight": (8,), "1.bias": (8,)}
+    weights = {name: torch.randn(shape) for name, shape in shapes.items()}
+    weights |= {"1.running_mean": torch.randn(8), "1.running_var": torch.rand(8) + 0.5}
+    weights |= {"1.num_batches_tracked": torch.tensor(3)}
     save_file(weights, place / "weights.safetensors")
     return place
 

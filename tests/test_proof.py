@@ -57,8 +57,8 @@ def cnn() -> nn.Module:
     return randomised(
         nn.Sequential(
             nn.Conv2d(3, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU6(), nn.Dropout(0.5), nn.MaxPool2d(2),
-            nn.Conv2d(6, 6, 3, groups=2, bias=False), nn.BatchNorm2d(6), nn.SiLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
-            nn.Linear(6, 3),
+            nn.Conv2d(6, 6, 3, groups=2, bias=False), nn.BatchNorm2d(6), nn.SiLU(),
+            nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 3),
         )
     )  # fmt: skip
 

@@ -194,18 +194,26 @@ def test_native_targets_agree_too(name: str):
     assert {row["target"] for row in artifact.manifest["parity"] if row["ok"]} == {"model", "torch", "aoti"}
 
 
+def with_cache(name: str) -> tuple[nn.Module, str]:
+    """A model whose output holds a cache object, and the name of a tensor in it."""
+    if name == "t5":
+        return small_transformer(
+            "T5Model", vocab_size=101, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4
+        ), "last_hidden_state"  # fmt: skip
+    if name == "bart":
+        return small_transformer(
+            "BartModel", vocab_size=101, d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=4,
+            decoder_attention_heads=4, encoder_ffn_dim=64, decoder_ffn_dim=64, pad_token_id=1,
+        ), "last_hidden_state"  # fmt: skip
+    return small_transformer(
+        "MambaForCausalLM", vocab_size=101, hidden_size=32, num_hidden_layers=1, state_size=4
+    ), "logits"  # fmt: skip
+
+
 @pytest.mark.parametrize("name", ["t5", "bart", "mamba"])
 def test_models_that_also_return_a_cache_compile_when_asked_for_tensors(name: str):
-    two = [fz.Input(key, **IDS, low=2, high=99) for key in ("input_ids", "decoder_input_ids")]
-    model, inputs, output = {
-        "t5": lambda: (small_transformer("T5Model", vocab_size=101, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4),
-                       two, "last_hidden_state"),
-        "bart": lambda: (small_transformer("BartModel", vocab_size=101, d_model=32, encoder_layers=1, decoder_layers=1,
-                                           encoder_attention_heads=4, decoder_attention_heads=4, encoder_ffn_dim=64,
-                                           decoder_ffn_dim=64, pad_token_id=1), two, "last_hidden_state"),
-        "mamba": lambda: (small_transformer("MambaForCausalLM", vocab_size=101, hidden_size=32, num_hidden_layers=1,
-                                            state_size=4), two[:1], "logits"),
-    }[name]()  # fmt: skip
+    inputs = [fz.Input(key, **IDS, low=2, high=99) for key in ("input_ids", "decoder_input_ids")]
+    model, output = with_cache(name)
     dims = {"sequence": fz.Dim(min=2, max=64)}
     if name == "mamba":  # its scan is a Python loop over the sequence, which no export can leave open
         inputs, dims = [fz.Input("input_ids", dtype="int64", shape=("batch", 8), low=2, high=99)], {}

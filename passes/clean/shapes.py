@@ -1,4 +1,4 @@
-"""Write the shape of one value that another borrows as numbers: what reads a value only for its shape hides its reader."""
+"""Write borrowed shapes as numbers, so that no value is read for its shape alone."""
 
 from __future__ import annotations
 
@@ -31,7 +31,8 @@ class ExplicitShapes(NodeRewrite):
                 return fail("a dim grows to a symbolic size", node)
         elif sizes.count(-1) > 1 or 0 in sizes:
             return fail("more than one size is symbolic", node)
-        new = program.call(aten.expand.default if expands else aten.reshape.default, value, sizes, before=node, like=node)
+        target = aten.expand.default if expands else aten.reshape.default
+        new = program.call(target, value, sizes, before=node, like=node)
         new.meta["val"] = node.meta["val"]
         program.replace(node, new)
         return True

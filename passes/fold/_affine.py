@@ -116,7 +116,7 @@ def scaled_outputs(operator: WeightOperator, weight: torch.Tensor, gain: torch.T
     if gain.ndim == 0:
         return weight * gain
     canonical = apply(operator.to_canonical(), weight)
-    return apply(operator.from_canonical(), canonical * gain.reshape(operator.per_row())).contiguous()
+    return _stored(operator, canonical * gain.reshape(operator.per_row()))
 
 
 def scaled_inputs(operator: WeightOperator, weight: torch.Tensor, gain: torch.Tensor) -> torch.Tensor:
@@ -124,13 +124,19 @@ def scaled_inputs(operator: WeightOperator, weight: torch.Tensor, gain: torch.Te
     if gain.ndim == 0:
         return weight * gain
     canonical = apply(operator.to_canonical(), weight)
-    return apply(operator.from_canonical(), canonical * _per_input(operator, gain)).contiguous()
+    return _stored(operator, canonical * _per_input(operator, gain))
 
 
 def response(operator: WeightOperator, weight: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
     """What `weight` answers to an operand that is `shift` everywhere, without padding: [out]."""
     canonical = apply(operator.to_canonical(), weight)
     return (canonical * _per_input(operator, shift.expand(operator.in_features))).flatten(1).sum(1)
+
+
+def _stored(operator: WeightOperator, canonical: torch.Tensor) -> torch.Tensor:
+    """Back to the stored layout; a weight that needed no move keeps its memory format (channels last, say)."""
+    moves = operator.from_canonical()
+    return apply(moves, canonical).contiguous() if moves else canonical
 
 
 def _per_input(operator: WeightOperator, values: torch.Tensor) -> torch.Tensor:

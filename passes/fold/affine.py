@@ -187,10 +187,11 @@ def _misfit(program: Program, operator: WeightOperator, weight: Tensor | None, b
     """Why new values cannot be stored."""
     stored = operator.weight.meta["val"]
     for value in (weight, bias):
-        if value is not None and not bool(value.abs().max() <= torch.finfo(stored.dtype).max):
+        if value is not None and max(abs(float(item)) for item in value.aminmax()) > torch.finfo(stored.dtype).max:
             return f"a folded weight of {_name(operator.node)} would overflow {stored.dtype}"
     size = stored.numel() * stored.element_size()
-    if weight is not None and size > UNTIE_LIMIT and program.readers(operator.weight) != {operator.node}:
+    limit = 0 if operator.kind == "embedding" else UNTIE_LIMIT  # a lookup is never worth a second table
+    if weight is not None and size > limit and program.readers(operator.weight) != {operator.node}:
         return f"the weight of {_name(operator.node)} is read elsewhere too, and a copy would take {size >> 20} MiB"
     return None
 

@@ -31,7 +31,7 @@ class Round(Pass):
             if fold is not None:
                 _measure(program, ctx, node, fold, value, rounded)
             if value.dtype != dtype:
-                if bool((rounded.isinf() & ~value.isinf()).any()):
+                if _has_inf(rounded) and bool((rounded.isinf() & ~value.isinf()).any()):
                     raise PassError(
                         f"constant {name!r} overflows {dtype}: its largest value is {float(value.abs().max()):.3g}",
                         where=_reader(program, node), hint="keep this layer in bfloat16 or float32",
@@ -60,6 +60,12 @@ def _measure(
         site=fold.site, step=fold.step, requested="fold", outcome="measured",
         executes=f"{dtype} constant {node.target}", detail=said,
     )  # fmt: skip
+
+
+def _has_inf(value: torch.Tensor) -> bool:
+    if value.is_complex():
+        return bool(value.isinf().any())
+    return value.numel() > 0 and any(bool(extreme.isinf()) for extreme in value.aminmax())
 
 
 def _reader(program: Program, node: Node) -> str:
