@@ -16,7 +16,7 @@ def quantity(value: float, spread: float, unit: str) -> str:
     """`12.3 ms ± 0.1`: both numbers in the one unit that suits the value."""
     known = UNITS.get(unit, ((1.0, unit),))
     scale, name = next((pair for pair in known if abs(value) >= pair[0]), known[-1])
-    return f"{value / scale:.4g} {name} ± {spread / scale:.2g}"
+    return f"{value / scale:.4g} {name} ± {spread / scale:.3g}"
 
 
 def cells(row: dict[str, Any]) -> tuple[str, ...]:

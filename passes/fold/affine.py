@@ -2,33 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Any
-
-import torch
 from torch.fx import Node
 
 from fxfreeze.dataflow import Passage, passage
-from fxfreeze.program import Origin, Program, lift
+from fxfreeze.program import Origin, Program
 from fxfreeze.rewrite import Context, NodeRewrite, NoMatch, Outcome, fail
 
 from .._operators import FORMS, WeightOperator, constant_problem, weight_operator
 from ._affine import BATCH_NORM, TARGETS, Affine, affine_of, pads, response, scaled_inputs, scaled_outputs
+from ._change import Change
 
-Tensor = torch.Tensor
-
-UNTIE_LIMIT = 16 << 20
-"""A weight that something else reads too is copied for a fold, unless it has more bytes than this."""
-
-
-@dataclass(frozen=True)
-class Change:
-    """What to do to the weight and the bias of one operator, in float64; None leaves one as it is."""
-
-    operator: WeightOperator
-    weight: Callable[[Tensor], Tensor] | None
-    bias: Callable[[Tensor], Tensor] | None
+COPY_LIMIT = {"batch-norm": 16 << 20, "affine": 1 << 20}
+"""A weight that something else reads too is copied for a fold, unless it has more bytes than the fold is worth."""
 
 
 class FoldAffine(NodeRewrite):
@@ -57,14 +42,14 @@ class FoldAffine(NodeRewrite):
         if isinstance(changes, NoMatch):
             assert isinstance(back, NoMatch)
             return fail(f"backwards: {back.reason}; forwards: {changes.reason}", node)
-        values = [(change, *_new_values(program, change)) for change in changes]
+        values = [(change, *change.values(program)) for change in changes]
         for change, weight, bias in values:
-            if reason := _misfit(program, change.operator, weight, bias):
+            if reason := change.misfit(program, weight, bias, COPY_LIMIT[_kind(node)]):
                 return fail(reason, node)
         into = ", ".join(f"{_name(item.operator.node)} {program.module_path(item.operator.node)}" for item in changes)
         _report(program, ctx, node, "rewritten", executes=f"folded into {into.strip()}")
         for change, weight, bias in values:
-            _apply(program, change, weight, bias)
+            change.apply(program, weight, bias)
         program.replace(node, affine.value)
         return True
 
@@ -171,64 +156,20 @@ def _channel_dim(operator: WeightOperator) -> int:
     return -1 - len(operator.kernel)
 
 
-def _new_values(program: Program, change: Change) -> tuple[Tensor | None, Tensor | None]:
-    operator, weight, bias = change.operator, None, None
-    old = program.constant64(operator.weight)
-    assert old is not None
-    if change.weight is not None:
-        weight = change.weight(old)
-    if change.bias is not None:
-        before = program.constant64(operator.bias) if operator.bias is not None else None
-        bias = change.bias(old.new_zeros(operator.out_features) if before is None else before)
-    return weight, bias
-
-
-def _misfit(program: Program, operator: WeightOperator, weight: Tensor | None, bias: Tensor | None) -> str | None:
-    """Why new values cannot be stored."""
-    stored = operator.weight.meta["val"]
-    for value in (weight, bias):
-        if value is not None and max(abs(float(item)) for item in value.aminmax()) > torch.finfo(stored.dtype).max:
-            return f"a folded weight of {_name(operator.node)} would overflow {stored.dtype}"
-    size = stored.numel() * stored.element_size()
-    limit = 0 if operator.kind == "embedding" else UNTIE_LIMIT  # a lookup is never worth a second table
-    if weight is not None and size > limit and program.readers(operator.weight) != {operator.node}:
-        return f"the weight of {_name(operator.node)} is read elsewhere too, and a copy would take {size >> 20} MiB"
-    return None
-
-
-def _apply(program: Program, change: Change, weight: Tensor | None, bias: Tensor | None) -> None:
-    operator = change.operator
-    if weight is not None:
-        _set(program, operator, "weight", operator.weight, weight, change.weight)
-    if bias is not None:
-        _set(program, operator, "bias", operator.bias, bias, change.bias)
-
-
-def _set(program: Program, operator: WeightOperator, slot: str, old: Node | None, value: Tensor, change: Any) -> None:
-    """Let `operator` read `value` in `slot`, and do to what was folded there before what was done to it."""
-    fold = program.folds.get(str(old.target)) if old is not None else None
-    if old is not None and old.meta["val"].shape == value.shape:
-        new = program.rebind(old, value, user=operator.node)
-    else:
-        name = str(operator.weight.target).rpartition(".")[0] + ".bias"
-        new = program.add_constant(
-            name.lstrip("."), value, dtype=operator.weight.meta["val"].dtype, before=operator.node, like=operator.node
-        )
-        operator.node.args, operator.node.kwargs = operator.call_arguments(**{slot: new})
-    if fold is not None:
-        program.folds[str(new.target)] = replace(fold, base=change(lift(fold.base)))
-
-
 def _report(program: Program, ctx: Context, node: Node, outcome: Outcome, *, executes: str, detail: str = "") -> None:
     origin = node.meta.get("fxfreeze")
     step, what = (origin.step, origin.primitive) if isinstance(origin, Origin) else ("", "")
     if not what:
-        what = "batch-norm" if node.target is BATCH_NORM else "affine"
+        what = _kind(node)
         if outcome == "skipped" and what == "affine":
             return  # every scalar that meets no weight would be noise
     ctx.ledger.add(
         site=program.module_path(node), step=step, requested=what, outcome=outcome, executes=executes, detail=detail
     )
+
+
+def _kind(node: Node) -> str:
+    return "batch-norm" if node.target is BATCH_NORM else "affine"
 
 
 def _name(node: Node) -> str:

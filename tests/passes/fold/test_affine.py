@@ -350,12 +350,16 @@ def test_a_matrix_product_takes_a_scale_but_no_shift() -> None:
     model = Branches(
         scale=Fn(lambda m, x: (x @ m.w) * m.c, w=torch.rand(4, 6), c=torch.rand(6)),
         shift=Fn(lambda m, x: (x @ m.w) + m.c, w=torch.rand(4, 6), c=torch.rand(6)),
-        computed=Fn(lambda m, x: (x @ x.transpose(-1, -2)) * m.c, c=torch.rand(5)),
+        computed=Fn(lambda m, x: F.linear(x, m.w * x.sum()) * m.c, w=torch.rand(6, 4), c=torch.rand(6)),
+        product=Fn(lambda m, x: (x @ x.transpose(-1, -2)) * m.c, c=torch.rand(5)),
+        computed_bias=Fn(lambda m, x: F.linear(x, m.w, x.sum() * m.c) * m.c, w=torch.rand(6, 4), c=torch.rand(6)),
+        into_computed=Fn(lambda m, x: F.linear(x.sin() * m.c, m.w * x.sum()), w=torch.rand(6, 4), c=torch.rand(4)),
         alpha=Fn(lambda m, x: torch.addmm(m.c, x[0], m.w, alpha=2) * m.c, w=torch.rand(4, 6), c=torch.rand(6)),
     )
     program, _ = fold(model, "batch", 5, 4)
     assert at(program, "scale") == ["matmul"] and "add" in at(program, "shift")
-    assert "mul" in at(program, "computed") and "mul" in at(program, "alpha")
+    for name in ("computed", "product", "computed_bias", "into_computed", "alpha"):
+        assert "mul" in at(program, name), name
 
 
 # ---- shared weights
@@ -372,7 +376,7 @@ def test_a_shared_weight_is_copied_for_the_fold_only() -> None:
 
 
 def test_a_large_shared_weight_is_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "UNTIE_LIMIT", 100)
+    monkeypatch.setitem(module.COPY_LIMIT, "affine", 100)
     table = nn.Embedding(9, 4)
     model = Fn(lambda m, x, table: F.linear(table((x > 0).long()).sum(1), table.weight) * m.c, table, c=torch.rand(9))
     program, _ = fold(model, "batch", 3)
