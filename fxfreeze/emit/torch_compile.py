@@ -1,12 +1,17 @@
 """Target "torch": the Program stored as data, run through ``torch.compile``.
 
-Compilation happens at the first call, in the process that calls. On a CPU the weights are frozen into the code
-(Inductor's ``freezing``), which lets it pack them; that works with symbolic sizes, but only without gradients, and the
-``options`` of one ``torch.compile`` suffice: no global setting of torch is touched.
+Compilation happens at the first call, in the process that calls.
+
+On a CPU the weights are frozen into the code (Inductor's ``freezing``), which lets it pack them; this works with
+symbolic sizes, but only without gradients. The option alone does nothing, and says nothing: Dynamo hands Inductor the
+weights of a module as inputs, unless torch's global freezing switch is on while it traces. Weights that are plain
+attributes (no buffers) with a guarded static address are made constants of the graph without it, so no global setting
+is touched. One thread, torch 2.15, frozen against not: ViT-tiny of depth 4 0.73 of the time at batch 1 and 0.79 at 8,
+a ResNet-20 0.89, 0.96 and 0.66 at 1, 8 and 32, GPT-2 of 2 layers 0.95 to 1, a three-layer MLP 1.2, 0.93 and 1.07.
 
 torch.compile always specialises a size of 1, and would count that as a recompilation. Every combination of dims that
 are 1 therefore gets a compilation of its own, with only the other declared dims dynamic. All sizes of a dim beyond 1
-share one.
+share one; at most the choice between two convolution algorithms (from a batch of 16 on, say) makes Dynamo add another.
 """
 
 from __future__ import annotations
@@ -19,7 +24,6 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from ..errors import ArtifactError
 from ..lower import Lowering, emit_error, quiet
 from ..program import TensorSpec
 from ..serialize import Interface, load_program, save_program
@@ -39,11 +43,16 @@ def load(folder: Path, interface: Interface) -> CompiledProgram:
 
 
 class CompiledProgram:
-    """Runner over ``torch.compile``; a combination of size-1 dims is compiled when it is first met."""
+    """Runner over ``torch.compile``; a combination of size-1 dims is compiled when it is first met.
+
+    Args:
+        module: its weights must be its own, not the user's: they get marked.
+        interface: says which dims are symbolic.
+    """
 
     def __init__(self, module: GraphModule, interface: Interface) -> None:
-        self.module = module
-        self.freezing = on_cpu(interface.inputs)
+        self._module = module
+        self._freezing = on_cpu(interface.inputs)
         self._axes = [_symbolic_axes(spec, interface) for spec in interface.inputs]
         self._compiled: dict[tuple[tuple[int, ...], ...], Callable[..., Any]] = {}
 
@@ -58,25 +67,34 @@ class CompiledProgram:
             for alias, axes in zip(aliases, dynamic, strict=True):
                 if axes:
                     torch._dynamo.mark_dynamic(alias, axes)
-            if (compiled := self._compiled.get(dynamic)) is None:
-                return self._first_call(dynamic, aliases)
-            return compiled(*aliases)
+            try:
+                if (compiled := self._compiled.get(dynamic)) is not None:
+                    return compiled(*aliases)
+                with quiet():
+                    compiled = self._compiled[dynamic] = self._compile()
+                    return compiled(*aliases)
+            except Exception as error:
+                raise emit_error("torch.compile cannot run the program", error) from error
 
-    def _first_call(self, dynamic: tuple[tuple[int, ...], ...], inputs: list[Tensor]) -> tuple[Tensor, ...]:
+    def _compile(self) -> Callable[..., Any]:
         # A copy has code of its own, hence a cache and a recompilation limit of its own. Weights are shared.
-        module = GraphModule(self.module, self.module.graph)
-        options: dict[str, Any] = {"freezing": True} if self.freezing else {}
+        module = GraphModule(self._module, self._module.graph)
+        options: dict[str, Any] = {}
+        if self._freezing:
+            _make_constant(module)
+            options = {"freezing": True}
         # fullgraph: beyond its recompilation limit torch.compile would silently run uncompiled otherwise.
-        compiled = torch.compile(module, fullgraph=True, dynamic=False, options=options)
-        try:
-            with quiet():
-                result = compiled(*inputs)
-        except ArtifactError:
-            raise
-        except Exception as error:
-            raise emit_error("torch.compile cannot run the program", error) from error
-        self._compiled[dynamic] = compiled
-        return result
+        return torch.compile(module, fullgraph=True, dynamic=False, options=options)
+
+
+def _make_constant(module: GraphModule) -> None:
+    """Turn buffers into plain attributes that Dynamo makes constants of the graph; see the module docstring."""
+    for part in module.modules():
+        for name, value in list(part._buffers.items()):
+            assert value is not None
+            torch._dynamo.mark_static_address(value, guard=True)
+            del part._buffers[name]
+            part.__dict__[name] = value
 
 
 def _symbolic_axes(spec: TensorSpec, interface: Interface) -> tuple[int, ...]:
