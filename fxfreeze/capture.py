@@ -168,7 +168,7 @@ def capture(model: nn.Module, plan: Plan, examples: Sequence[torch.Tensor] | Non
         exported = _export(flat, inputs, specs, dims)
         if flat.observed.structure is None:  # a strict trace leaves no side effects
             flat(*inputs)
-    _check_dims(exported, specs)
+    _check_dims(exported, specs, dims)
     graph, state = _unlift(exported)
     if functionalise(graph) is not None:
         with frozen(model), _quiet():
@@ -200,10 +200,12 @@ def _export(
 
 def _dynamic_shapes(specs: Sequence[TensorSpec], dims: Mapping[str, tuple[int, int | None]]) -> Any:
     # A minimum of 1 is left unsaid: torch.export would read it as a promise that the graph was guarded for 1.
-    known = {name: Dim(_identifier(name), min=low if low > 1 else None, max=high) for name, (low, high) in dims.items()}
-    per_input = tuple(
-        {axis: known[size] for axis, size in enumerate(spec.shape) if isinstance(size, str)} for spec in specs
-    )
+    known = {
+        name: Dim(_identifier(name), min=low if low > 1 else None, max=high)
+        for name, (low, high) in dims.items()
+        if low != high  # a dim of one size is no dim
+    }
+    per_input = tuple({axis: known[size] for axis, size in enumerate(spec.shape) if size in known} for spec in specs)
     return (per_input,)
 
 
@@ -283,12 +285,14 @@ def _all_finite(value: torch.Tensor) -> torch.Tensor:
     return torch.isfinite(total) | torch.isfinite(value).all()
 
 
-def _check_dims(exported: ExportedProgram, specs: Sequence[TensorSpec]) -> None:
+def _check_dims(
+    exported: ExportedProgram, specs: Sequence[TensorSpec], dims: Mapping[str, tuple[int, int | None]]
+) -> None:
     names = [item.arg.name for item in exported.graph_signature.input_specs if item.kind is InputKind.USER_INPUT]
     nodes = {node.name: node for node in exported.graph.nodes if node.op == "placeholder"}
     for spec, name in zip(specs, names, strict=True):
         for axis, (declared, size) in enumerate(zip(spec.shape, nodes[name].meta["val"].shape, strict=True)):
-            if isinstance(declared, str) and isinstance(size, int):
+            if isinstance(declared, str) and isinstance(size, int) and dims[declared] != (size, size):
                 raise CaptureError(
                     f"the model fixes dim {declared!r} (axis {axis}) to {size}", where=spec.name,
                     hint=f"declare the axis as {size}, or remove what fixes it from the forward",

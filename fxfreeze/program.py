@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph, GraphModule, Node
 
@@ -252,7 +253,8 @@ class Program:
     def infer(self, node: Node) -> None:
         """Compute ``meta["val"]`` of `node` from its operands' under the fake tensor mode."""
         args, kwargs = torch.fx.map_arg((node.args, dict(node.kwargs)), lambda n: n.meta["val"])
-        with self.fake_mode, torch.no_grad():
+        # The dispatcher: kernels such as aten.lstm's take numbers only, their Python twins symbolic sizes too.
+        with self.fake_mode, torch.no_grad(), enable_python_dispatcher():
             node.meta["val"] = node.target(*args, **kwargs)  # type: ignore[operator]
 
     def replace(self, old: Node, new: Node) -> None:

@@ -331,3 +331,9 @@ def test_examples_are_checked_against_the_plan_and_used():
         capture(nn.ReLU(), plan_of("batch", 3), [torch.zeros(2, 4)])
     with pytest.raises(fz.PlanError, match="float64"):
         capture(nn.ReLU(), plan_of("batch", 3), [torch.zeros(2, 3, dtype=torch.float64)])
+
+
+def test_a_dim_whose_bounds_leave_one_size_is_that_size():
+    program, flat = capture(nn.Linear(3, 2), plan_of("batch", "fixed", 3, dims={"fixed": fz.Dim(min=4, max=4)}))
+    assert program.dims["fixed"] == (4, 4)
+    agree(program, flat, batch=5, fixed=4)

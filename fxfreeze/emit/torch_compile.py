@@ -6,7 +6,7 @@ On a CPU the weights are frozen into the code (Inductor's ``freezing``), which l
 symbolic sizes, but only without gradients. The option alone does nothing, and says nothing: Dynamo hands Inductor the
 weights of a module as inputs, unless torch's global freezing switch is on while it traces. Weights that are plain
 attributes (no buffers) with a guarded static address are made constants of the graph without it, so no global setting
-is touched. One thread, torch 2.15, frozen against not: ViT-tiny of depth 4 0.73 of the time at batch 1 and 0.79 at 8,
+is touched. One thread, torch 2.15, frozen against not: ViT-tiny of depth 4 0.73, 0.79 and 1.19 of the time at 1, 8, 32,
 a ResNet-20 0.89, 0.96 and 0.66 at 1, 8 and 32, GPT-2 of 2 layers 0.95 to 1, a three-layer MLP 1.2, 0.93 and 1.07.
 
 torch.compile always specialises a size of 1, and would count that as a recompilation. Every combination of dims that
