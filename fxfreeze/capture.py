@@ -8,10 +8,8 @@ torch.export cannot flatten (a key-value cache) therefore never reaches it.
 from __future__ import annotations
 
 import inspect
-import logging
 import re
 import traceback
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -19,13 +17,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.export import Dim, ExportedProgram
+from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.fx import Graph, Node
 
 from . import sampling
 from .binding import describe, flatten_inputs, nest, select, top_level
 from .errors import CaptureError, FxfreezeError
+from .exporting import dynamic_shapes, quiet
 from .functional import functionalise, normalise
 from .plan import Plan
 from .program import Program, TensorSpec, is_effectful, is_operator
@@ -164,14 +163,14 @@ def capture(model: nn.Module, plan: Plan, examples: Sequence[torch.Tensor] | Non
     flat = FlatModel(model, [spec.name for spec in specs], plan.outputs)
     sizes = sampling.tracing_sizes(specs, dims, examples)
     inputs = sampling.sample_inputs(specs, sizes, seed=0, examples=examples)
-    with frozen(model), _quiet():
+    with frozen(model), quiet():
         exported = _export(flat, inputs, specs, dims)
         if flat.observed.structure is None:  # a strict trace leaves no side effects
             flat(*inputs)
     _check_dims(exported, specs, dims)
     graph, state = _unlift(exported)
     if functionalise(graph) is not None:
-        with frozen(model), _quiet():
+        with frozen(model), quiet():
             graph, state = _unlift(exported.run_decompositions({}))
     normalise(graph)
     program = Program(graph, state, specs, flat.observed.names, flat.observed.structure or {}, dims)
@@ -187,31 +186,16 @@ def _export(
     specs: Sequence[TensorSpec],
     dims: Mapping[str, tuple[int, int | None]],
 ) -> ExportedProgram:
+    shapes = (dynamic_shapes(specs, dims),)
     tried: list[tuple[str, BaseException]] = []
     for strict in (False, True):
         try:
-            return torch.export.export(flat, tuple(inputs), dynamic_shapes=_dynamic_shapes(specs, dims), strict=strict)
+            return torch.export.export(flat, tuple(inputs), dynamic_shapes=shapes, strict=strict)
         except FxfreezeError:
             raise
         except Exception as error:
             tried.append(("strict" if strict else "non-strict", error))
     raise _capture_error(flat.model, tried)
-
-
-def _dynamic_shapes(specs: Sequence[TensorSpec], dims: Mapping[str, tuple[int, int | None]]) -> Any:
-    # A minimum of 1 is left unsaid: torch.export would read it as a promise that the graph was guarded for 1.
-    known = {
-        name: Dim(_identifier(name), min=low if low > 1 else None, max=high)
-        for name, (low, high) in dims.items()
-        if low != high  # a dim of one size is no dim
-    }
-    per_input = tuple({axis: known[size] for axis, size in enumerate(spec.shape) if size in known} for spec in specs)
-    return (per_input,)
-
-
-def _identifier(name: str) -> str:
-    # Dim compares and prints names as sympy symbols, where some letters (S, N, I, E …) already mean something.
-    return f"dim_{name}"
 
 
 def _capture_error(model: nn.Module, tried: Sequence[tuple[str, BaseException]]) -> CaptureError:
@@ -429,19 +413,3 @@ def _tensor(value: Any, name: str) -> torch.Tensor:
     if not isinstance(value, torch.Tensor):
         raise CaptureError(f"the model holds a {type(value).__name__}, which no target can store", where=name)
     return value
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep torch.export's advice out of the user's terminal; what matters comes back in a CaptureError."""
-    loggers = [logging.getLogger(name) for name in ("torch.export", "torch._dynamo", "torch.fx")]
-    levels = [logger.level for logger in loggers]
-    try:
-        for logger in loggers:
-            logger.setLevel(logging.CRITICAL)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)

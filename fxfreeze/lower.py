@@ -8,20 +8,18 @@ the design: one op, one reference).
 from __future__ import annotations
 
 import importlib
-import logging
 import traceback
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import torch
-from torch.export import Dim, ExportedProgram
+from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
 
 from .errors import EmitError
+from .exporting import dynamic_shapes, quiet
 from .program import Program
 from .sampling import sample_inputs, tracing_sizes
 
@@ -96,7 +94,9 @@ def export(
         node.meta.pop("stack_trace", None)
     try:
         with torch.no_grad(), quiet():
-            exported = torch.export.export(module, tuple(inputs), dynamic_shapes=dynamic_shapes(program), strict=False)
+            exported = torch.export.export(
+                module, tuple(inputs), dynamic_shapes=dynamic_shapes(program.inputs, program.dims), strict=False
+            )
             table = references() if table is None else table
             present = {node.target for node in exported.graph.nodes} & set(table)
             if present:
@@ -104,18 +104,6 @@ def export(
     except Exception as error:
         raise emit_error("the rewritten program cannot be exported", error) from error
     return exported
-
-
-def dynamic_shapes(program: Program) -> tuple[dict[int, Any], ...]:
-    """Per input: axis → the Dim of its name, one Dim per name."""
-    # A minimum of 1 is left unsaid, for torch.export would check that the graph was guarded for exactly that. The
-    # prefix keeps names apart from sympy's own (S, N, I, E …).
-    dims = {
-        name: Dim(f"dim_{name}", min=low if low > 1 else None, max=high)
-        for name, (low, high) in program.dims.items()
-        if low != high  # a dim of one size is no dim
-    }
-    return tuple({axis: dims[size] for axis, size in enumerate(spec.shape) if size in dims} for spec in program.inputs)
 
 
 def emit_error(what: str, error: BaseException) -> EmitError:
@@ -154,19 +142,3 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
 def _summary(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {' '.join(lines[:2])[:400]}" if lines else type(error).__name__
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Keep the compilers' advice out of the user's terminal; what matters comes back in an error."""
-    loggers = [logging.getLogger(name) for name in ("torch", "onnxscript", "onnx_ir", "onnx_diagnostic")]
-    levels = [logger.level for logger in loggers]
-    try:
-        for logger in loggers:
-            logger.setLevel(logging.CRITICAL)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)

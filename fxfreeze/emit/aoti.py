@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from ..errors import ArtifactError
-from ..lower import Lowering, emit_error, quiet
+from ..exporting import quiet
+from ..lower import Lowering, emit_error
 from ..serialize import Interface
 from .runner import Runner, on_cpu
 

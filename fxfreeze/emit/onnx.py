@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 
 from ..errors import ArtifactError, EmitError, MissingDependencyError
-from ..lower import Lowering, emit_error, quiet
+from ..exporting import quiet
+from ..lower import Lowering, emit_error
 from ..program import Program, TensorSpec
 from ..sampling import sample_inputs, tracing_sizes
 from ..serialize import Interface

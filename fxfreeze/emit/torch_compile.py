@@ -24,7 +24,8 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from ..lower import Lowering, emit_error, quiet
+from ..exporting import quiet
+from ..lower import Lowering, emit_error
 from ..program import TensorSpec
 from ..serialize import Interface, load_program, save_program
 from .runner import on_cpu

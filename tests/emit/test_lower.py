@@ -51,7 +51,7 @@ def test_named_dims_stay_dynamic_and_module_paths_stay(built):
 def test_a_dim_of_one_size_is_static():
     program, _ = capture(nn.Linear(2, 2).eval(), Plan(inputs=[Input("x", shape=("n", 2))]))
     program.dims["n"] = (3, 3)
-    assert lower.dynamic_shapes(program) == ({},)
+    assert lower.dynamic_shapes(program.inputs, program.dims) == ({},)
     assert export(program).module()(torch.ones(3, 2))[0].shape == (3, 2)
 
 
