@@ -79,7 +79,7 @@ def parity_table(rows: Iterable[Mapping[str, Any]]) -> Table:
         table.add_row(
             row["target"], sizes, row["output"],
             _number(row["error"]), _number(row["eager_error"]), _number(row["tolerance"]),
-            "equal" if row["repeats_equal"] else "differ", "unchanged" if row["inputs_unchanged"] else "CHANGED",
+            "same" if row["repeats_equal"] else "differ", "same" if row["inputs_unchanged"] else "CHANGED",
             Text("yes", style="green") if row["ok"] else Text("NO", style="bold red"),
         )  # fmt: skip
     return table
@@ -124,5 +124,7 @@ def _table(title: str, columns: Sequence[str], right: Sequence[int] = ()) -> Tab
         title=title, title_justify="left", title_style="bold", header_style="bold", pad_edge=False, box=SIMPLE_HEAD
     )
     for position, column in enumerate(columns):
-        table.add_column(column, justify="right" if position in right else "left", overflow="fold")
+        table.add_column(
+            column, justify="right" if position in right else "left", overflow="fold", no_wrap=position in right
+        )
     return table
