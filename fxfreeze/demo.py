@@ -154,7 +154,7 @@ def run_demo(out: Path | None = None, *, say: Progress = lambda text: None) -> D
         net = adapt(base, plan)
         train(net, digits.turned_train, digits.train_labels, epochs=20, rate=3e-3)
     say("compiling to torch, AOTInductor and ONNX, with proofs")
-    artifact = compile(net, plan)
+    artifact = compile(net, plan, progress=say)
     if out is not None:
         artifact.save(out)
     say("measuring")
