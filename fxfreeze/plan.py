@@ -508,15 +508,24 @@ def _write(file: Path, data: dict[str, Any]) -> None:
     """Write plain data next to `file`, then move it into place."""
     _check_suffix(file)
     text = tomli_w.dumps(data) if file.suffix == ".toml" else json.dumps(data, indent=2, ensure_ascii=False) + "\n"
+    write_file(file, text.encode(), "plan file")
+
+
+def write_file(file: Path, data: bytes, what: str) -> None:
+    """Write `data` next to `file`, then move it into place: a killed write leaves the old file, or none.
+
+    Raises:
+        PlanError: the folder is missing or cannot be written to; calls the file `what`.
+    """
     partial = file.with_name(f".{file.name}.{os.getpid()}.tmp")
     try:
         with open(partial, "wb") as stream:
-            stream.write(text.encode())
+            stream.write(data)
             stream.flush()
             os.fsync(stream.fileno())
         os.replace(partial, file)
     except OSError as error:
-        raise PlanError(f"cannot write the plan file: {error.strerror}", where=str(file)) from None
+        raise PlanError(f"cannot write the {what}: {error.strerror}", where=str(file)) from None
     finally:
         partial.unlink(missing_ok=True)
 

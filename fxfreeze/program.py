@@ -246,7 +246,7 @@ class Program:
         except Exception as error:
             self.graph.erase_node(node)
             raise PassError(
-                f"{target} refuses these operands: {_first_line(error)}", where=self.module_path(like)
+                f"{target} refuses these operands: {first_line(error)}", where=self.module_path(like)
             ) from error
         return node
 
@@ -343,7 +343,7 @@ class Program:
         try:
             self.graph.lint()
         except Exception as error:
-            raise PassError(f"the graph is malformed: {_first_line(error)}") from error
+            raise PassError(f"the graph is malformed: {first_line(error)}") from error
         placeholders = self.placeholders
         if len(placeholders) != len(self.inputs):
             raise PassError(f"{len(placeholders)} placeholders for {len(self.inputs)} declared inputs")
@@ -558,7 +558,8 @@ def _target_name(node: Node) -> str:
     return f"{getattr(node.target, '__module__', '')}.{getattr(node.target, '__name__', node.target)}"
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """The first line in which `error` says something, else the name of its class."""
     return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import torch
 
 from .errors import FxfreezeError, ProofError
-from .program import Program, lift, lifted_call
+from .program import Program, first_line, lift, lifted_call
 
 TOLERANCE = 1e-10
 _MASK = 1e8
@@ -151,7 +151,7 @@ class Prover:
             raise
         except Exception as error:
             raise ProofError(
-                f"the program does not run in float64 after {when!r}: {str(error).strip().splitlines()[0]}",
+                f"the program does not run in float64 after {when!r}: {first_line(error)}",
                 where=when, hint="pass example_inputs the model accepts; verify='off' compiles without proofs",
             ) from error  # fmt: skip
         finally:

@@ -161,7 +161,7 @@ def match_sites(program: Program, step: Step, index: int) -> list[str]:
     """
     paths = program.module_paths()
     chosen: dict[str, None] = {}
-    for pattern in patterns(step):
+    for pattern in step.patterns:
         hits = [path for path in paths if fnmatchcase(path, pattern)]
         if not hits:
             raise PlanError(
@@ -170,11 +170,6 @@ def match_sites(program: Program, step: Step, index: int) -> list[str]:
             )  # fmt: skip
         chosen.update(dict.fromkeys(hits))
     return [path for path in paths if path in chosen]
-
-
-def patterns(step: Step) -> tuple[str, ...]:
-    """The step's globs as a tuple."""
-    return (step.at,) if isinstance(step.at, str) else tuple(step.at)
 
 
 def nearest(pattern: str, paths: Sequence[str], count: int = 5) -> list[str]:

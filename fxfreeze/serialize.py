@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.fx import Graph, Node
 
 from .errors import ArtifactError
-from .program import SYMBOLIC_FUNCTIONS, Origin, Program, TensorSpec, is_mutating
+from .program import SYMBOLIC_FUNCTIONS, Origin, Program, TensorSpec, first_line, is_mutating
 from .sampling import concrete_shape, tracing_sizes
 
 FORMAT = 1
@@ -352,7 +352,6 @@ def _decode_graph(document: Mapping[str, Any]) -> Graph:
 
 def _infer(program: Program, *, calls: bool) -> None:
     """Compute ``meta["val"]``: the named dims of the inputs are symbols, and equal names are equal symbols."""
-    from torch._dispatch.python import enable_python_dispatcher
     from torch._dynamo.source import ConstantSource
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
@@ -369,11 +368,10 @@ def _infer(program: Program, *, calls: bool) -> None:
             node.meta["val"] = mode.from_tensor(program.state[str(node.target)], static_shapes=True)
         elif node.op == "call_function" and calls:
             try:
-                with enable_python_dispatcher():  # some composite operators (lstm) take symbolic sizes only in Python
-                    program.infer(node)
+                program.infer(node)
             except Exception as error:
                 raise ArtifactError(
-                    f"the stored graph does not run: {operator_name(node.target)}: {str(error).splitlines()[0]}",
+                    f"the stored graph does not run: {operator_name(node.target)}: {first_line(error)}",
                     where=program.module_path(node) or node.name, line=program.source_line(node),
                 ) from error  # fmt: skip
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from .errors import PlanError
-from .plan import Plan, Step
+from .plan import Plan, Step, write_file
 
 KIND, FORMAT = "fxfreeze.adapters", 1
 """What the metadata of an adapter file says it is, and the version of its layout; a newer one is refused."""
@@ -51,19 +51,8 @@ def write(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata:
     Raises:
         PlanError: the folder is missing or cannot be written to.
     """
-    file = Path(path)
-    partial = file.with_name(f".{file.name}.{os.getpid()}.tmp")
     plain = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-    try:
-        with open(partial, "wb") as stream:
-            stream.write(safetensors.torch.save(plain, dict(metadata)))
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(partial, file)
-    except OSError as error:
-        raise PlanError(f"cannot write the weights file: {error.strerror}", where=str(file)) from None
-    finally:
-        partial.unlink(missing_ok=True)
+    write_file(Path(path), safetensors.torch.save(plain, dict(metadata)), "weights file")
 
 
 def check(name: str, value: Tensor, shape: Sequence[int], where: str) -> Tensor:

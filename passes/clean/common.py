@@ -9,7 +9,7 @@ from typing import Any
 from torch.fx import Node
 
 from fxfreeze.program import Program, is_effectful, is_random
-from fxfreeze.rewrite import Context, Pass, patterns
+from fxfreeze.rewrite import Context, Pass
 
 
 class CommonSubexpressions(Pass):
@@ -23,7 +23,7 @@ class CommonSubexpressions(Pass):
     name, stage = "merge-common", "clean"
 
     def run(self, program: Program, ctx: Context) -> int:
-        globs = [glob for step in ctx.plan.steps for glob in patterns(step)]
+        globs = [glob for step in ctx.plan.steps for glob in step.patterns]
         first: dict[Hashable, Node] = {}
         count = 0
         for node in list(program.graph.nodes):

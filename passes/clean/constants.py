@@ -11,8 +11,8 @@ from typing import Any, ClassVar
 import torch
 from torch.fx import Node
 
-from fxfreeze.program import Program, is_effectful, is_operator, is_random, lift, lifted_call
-from fxfreeze.rewrite import Context, NoMatch, Pass, fail, patterns
+from fxfreeze.program import Program, first_line, is_effectful, is_operator, is_random, lift, lifted_call
+from fxfreeze.rewrite import Context, NoMatch, Pass, fail
 
 from .._operators import FORMS
 
@@ -53,7 +53,7 @@ class FoldConstants(Pass):
     spare_addressed: ClassVar[bool] = True
 
     def run(self, program: Program, ctx: Context) -> int:
-        globs = [glob for step in ctx.plan.steps for glob in patterns(step)] if self.spare_addressed else []
+        globs = [glob for step in ctx.plan.steps for glob in step.patterns] if self.spare_addressed else []
         spared = {node for path, nodes in program.sites().items() for node in nodes
                   if node.target in FORMS and any(fnmatchcase(path, glob) for glob in globs)}  # fmt: skip
         known = _constant_nodes(program, spared)
@@ -197,7 +197,7 @@ def _evaluate(program: Program, node: Node, cone: list[Node]) -> torch.Tensor | 
             args, kwargs = torch.fx.map_arg((item.args, dict(item.kwargs)), lifted.__getitem__)
             lifted[item] = lifted_call(item, args, kwargs)
     except Exception as error:
-        return fail(f"it does not run on its own: {str(error).splitlines()[0] if str(error) else error!r}", node)
+        return fail(f"it does not run on its own: {first_line(error)}", node)
     narrow, wide, declared = stored[node], lifted[node], node.meta["val"]
     if narrow.dtype != declared.dtype or tuple(narrow.shape) != tuple(declared.shape):
         return fail(f"it gives {narrow.dtype}{list(narrow.shape)}, not what the trace said", node)
