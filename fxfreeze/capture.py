@@ -23,6 +23,7 @@ from torch.fx import Graph, Node
 
 from . import sampling
 from .binding import describe, flatten_inputs, nest, select, top_level
+from .constants import Constants
 from .errors import CaptureError, FxfreezeError
 from .exporting import dynamic_shapes, quiet
 from .functional import functionalise, normalise
@@ -173,7 +174,7 @@ def capture(model: nn.Module, plan: Plan, examples: Sequence[torch.Tensor] | Non
         with frozen(model), quiet():
             graph, state = _unlift(exported.run_decompositions({}))
     normalise(graph)
-    program = Program(graph, state, specs, flat.observed.names, flat.observed.structure or {}, dims)
+    program = Program(graph, Constants(state), specs, flat.observed.names, flat.observed.structure or {}, dims)
     program.sweep()
     program.inputs = tuple(map(_with_range, specs, program.placeholders))
     _refuse_batch_statistics(program)

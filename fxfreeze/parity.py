@@ -20,8 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .constants import lift
 from .errors import EmitError
-from .program import Program, lift
+from .program import Program
 from .proof import lifted_run
 from .sampling import dim_choices, sample_inputs
 

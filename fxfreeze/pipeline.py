@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 
+from .constants import version
 from .errors import PassError, PlanError
-from .program import Program, TensorSpec, version
+from .program import Program, TensorSpec
 from .proof import Prover, Verify
 from .rewrite import STAGES, Context, Pass
 from .sampling import sample_inputs, tracing_sizes
@@ -120,7 +121,9 @@ def stage_passes(passes: Sequence[Pass], stages: Iterable[str]) -> list[Pass]:
 
 def _run_one(item: Pass, program: Program, ctx: Context, prover: Prover) -> PassRow:
     before, interface, size = program.fingerprint(), _interface(program), _operators(program)
-    versions = {name: (weakref.ref(value), version(value)) for name, value in program.state.items()}
+    tensors = {name: program.state.tensor(name) for name in program.state}
+    versions = {name: (weakref.ref(value), version(value)) for name, value in tensors.items()}
+    del tensors  # what the pass replaces can go
     ctx.ledger.current_pass = item.name
     started = time.perf_counter()
     rewrites = item.run(program, ctx)

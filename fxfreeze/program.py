@@ -6,8 +6,9 @@ plan's tensor inputs in plan order, ``get_attr`` nodes are constants, and the on
 
 The graph is a bare :class:`torch.fx.Graph`; code is generated only when something executable is asked for
 (:meth:`Program.graph_module`). Constants live in :attr:`Program.state`. They are shared with the user's model and are
-therefore never written to; a folded constant is kept in float64 until the ``round`` pass, so that several folds into
-one weight are rounded once. The dtype a constant will be stored in is that of its node's ``meta["val"]``.
+therefore never written to; a folded constant is a float64 computation (:mod:`fxfreeze.constants`) until the ``round``
+pass, so that several folds into one weight are rounded once. The dtype a constant will be stored in is that of its
+node's ``meta["val"]``.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph, GraphModule, Node
 
+from .constants import Constants, Edit, Recipe, lift, lift_dtype
 from .errors import PassError
 
 SYMBOLIC_FUNCTIONS: frozenset[Any] = frozenset(
@@ -73,14 +75,13 @@ class Fold:
     """What was folded into a constant, kept until rounding shows how much of it survives.
 
     Attributes:
-        base: the constant's value without what was folded in; a scale folded into the constant later is folded into
-            this as well. It shares the user's tensor where nothing was.
+        base: the constant without what was folded in; a scale folded into the constant later is folded into this too.
         max_loss: the largest ‖rounded − exact‖ / ‖exact − base‖ to put up with.
     """
 
     step: str
     site: str
-    base: torch.Tensor
+    base: Recipe
     max_loss: float
 
 
@@ -99,7 +100,7 @@ class Program:
     """
 
     graph: Graph
-    state: dict[str, torch.Tensor]
+    state: Constants
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[str, ...]
     structure: dict[str, Any]
@@ -195,7 +196,7 @@ class Program:
     # ------------------------------------------------------------------ rewriting
 
     def add_constant(
-        self, name: str, value: torch.Tensor, *, dtype: torch.dtype | None = None, before: Node, like: Node
+        self, name: str, value: torch.Tensor | Recipe, *, dtype: torch.dtype | None = None, before: Node, like: Node
     ) -> Node:
         """A new ``get_attr`` node before `before` holding `value`, stored as `dtype` (default: its own) in the end.
 
@@ -206,8 +207,8 @@ class Program:
         with self.graph.inserting_before(before):
             node = self.graph.create_node("get_attr", name)
         with self.fake_mode as mode:
-            fake = mode.from_tensor(value.detach(), static_shapes=True)
-            node.meta["val"] = fake if dtype in (None, fake.dtype) else fake.to(dtype)
+            fake = mode.from_tensor(self.state.tensor(name).detach(), static_shapes=True)
+            node.meta["val"] = fake.to(self.state.dtype(name) if dtype is None else dtype)
         _copy_provenance(like, node)
         return node
 
@@ -216,7 +217,7 @@ class Program:
         same = self.graph.find_nodes(op="get_attr", target=constant.target)
         return {reader for node in same for reader in node.users}
 
-    def rebind(self, constant: Node, value: torch.Tensor, *, user: Node) -> Node:
+    def rebind(self, constant: Node, value: torch.Tensor | Recipe, *, user: Node) -> Node:
         """Let `user` read `value` where it reads the ``get_attr`` node `constant`; the storage dtype stays.
 
         Where something else reads the constant too, that keeps the old one: `user` gets a constant of its own.
@@ -257,6 +258,10 @@ class Program:
         with self.fake_mode, torch.no_grad(), enable_python_dispatcher():
             node.meta["val"] = node.target(*args, **kwargs)  # type: ignore[operator]
 
+    def refine(self, constant: Node, edit: Edit, *, user: Node) -> Node:
+        """:meth:`rebind` to `edit` of what the constant is; computed when it is read."""
+        return self.rebind(constant, self.state.recipe(str(constant.target)).then(edit), user=user)
+
     def replace(self, old: Node, new: Node) -> None:
         """Let every user of `old` read `new` instead; `old` stays until :meth:`sweep`."""
         old.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)
@@ -284,7 +289,7 @@ class Program:
             new.meta = dict(old.meta)
         output.meta = dict(self.graph.output_node().meta)
         return Program(
-            graph, dict(self.state), self.inputs, self.outputs, self.structure, dict(self.dims), dict(self.folds)
+            graph, self.state.copy(), self.inputs, self.outputs, self.structure, dict(self.dims), dict(self.folds)
         )
 
     def _unique_name(self, name: str) -> str:
@@ -299,8 +304,7 @@ class Program:
         """Changes when the graph, the identity of a constant or its values change; only meaningful in this process."""
 
         def identify(name: str, node: Node) -> object:
-            value = self.state.get(name)
-            return name, id(value), value is not None and (value.dtype, version(value))
+            return name, name in self.state and self.state.identity(name)
 
         return self._digest(identify)
 
@@ -308,7 +312,7 @@ class Program:
         """SHA-256 over operators, edges, attributes, and shapes and dtypes of constants; names do not count."""
 
         def describe(name: str, node: Node) -> object:
-            value = node.meta.get("val", self.state[name])
+            value = node.meta["val"] if "val" in node.meta else self.state[name]
             return tuple(int(size) for size in value.shape), str(value.dtype)
 
         return self._digest(describe)
@@ -372,13 +376,14 @@ class Program:
         return None
 
     def _constant_problem(self, node: Node) -> str | None:
-        value, declared = self.state.get(str(node.target)), node.meta["val"]
-        if value is None:
+        name, declared = str(node.target), node.meta["val"]
+        if name not in self.state:
             return "its constant is missing"
-        if tuple(value.shape) != tuple(declared.shape):
-            return f"its constant has shape {tuple(value.shape)}, the node says {tuple(declared.shape)}"
-        if value.dtype != declared.dtype and value.dtype != lift_dtype(declared.dtype):
-            return f"its constant is {value.dtype}, the node says {declared.dtype}"
+        shape, dtype = tuple(self.state.tensor(name).shape), self.state.dtype(name)
+        if shape != tuple(declared.shape):
+            return f"its constant has shape {shape}, the node says {tuple(declared.shape)}"
+        if dtype not in (declared.dtype, lift_dtype(declared.dtype)):
+            return f"its constant is {dtype}, the node says {declared.dtype}"
         return None
 
     # ------------------------------------------------------------------ running
@@ -443,18 +448,6 @@ class Program:
         return module
 
 
-def lift_dtype(dtype: torch.dtype) -> torch.dtype:
-    """float64 for a floating dtype, complex128 for a complex one, else `dtype` itself."""
-    if dtype.is_complex:
-        return torch.complex128
-    return torch.float64 if dtype.is_floating_point else dtype
-
-
-def lift(value: torch.Tensor) -> torch.Tensor:
-    """`value` in float64 (complex128) when it holds floating (complex) numbers, else `value`."""
-    return value.detach().to(lift_dtype(value.dtype))
-
-
 def lifted_call(node: Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Perform `node` with every floating tensor and dtype argument in float64 (complex ones in complex128)."""
     return _lift_any(node.target(*_lift_any(args), **_lift_any(kwargs)))  # type: ignore[operator]
@@ -470,11 +463,6 @@ def _lift_any(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _lift_any(item) for key, item in value.items()}
     return value
-
-
-def version(value: torch.Tensor) -> int:
-    """Grows when something writes to `value` in place (0 for inference tensors, which do not count)."""
-    return 0 if value.is_inference() else value._version
 
 
 def is_operator(target: Any) -> bool:

@@ -16,8 +16,9 @@ from typing import Any, Literal
 
 import torch
 
+from .constants import lift
 from .errors import FxfreezeError, ProofError
-from .program import Program, first_line, lift, lifted_call
+from .program import Program, first_line, lifted_call
 
 TOLERANCE = 1e-10
 _MASK = 1e8

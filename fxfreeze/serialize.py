@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, Node
 
+from .constants import Constants
 from .errors import ArtifactError
 from .program import SYMBOLIC_FUNCTIONS, Origin, Program, TensorSpec, first_line, is_mutating
 from .sampling import concrete_shape, tracing_sizes
@@ -291,7 +292,7 @@ def load_program(folder: Path, *, shapes: bool = True) -> Program:
     except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise ArtifactError(f"the stored program is malformed: {error!r}", where=GRAPH_FILE) from error
     structure = dict(interface.structure)
-    program = Program(graph, state, interface.inputs, interface.outputs, structure, dict(interface.dims))
+    program = Program(graph, Constants(state), interface.inputs, interface.outputs, structure, dict(interface.dims))
     _infer(program, calls=shapes)
     return program
 
@@ -396,7 +397,7 @@ def _storage_state(program: Program) -> dict[str, Tensor]:
             value, dtype = program.state[name], node.meta["val"].dtype
             if value.layout != torch.strided or value.is_quantized:
                 raise ArtifactError(f"a {value.layout} constant cannot be stored", where=name)
-            key = (id(value), dtype)
+            key = (id(program.state.held(name)), dtype)
             if key not in converted:
                 converted[key] = value.detach().to(dtype).resolve_conj().resolve_neg()
             state[name] = converted[key]

@@ -160,11 +160,10 @@ def constant_problem(program: Program, operator: WeightOperator) -> NoMatch | No
     for name, operand in (("weight", operator.weight), ("bias", operator.bias)):
         if operand is None:
             continue
-        value = program.constant(operand)
-        if value is None:
+        if operand.op != "get_attr":
             return fail(f"its {name} is not a parameter but computed by {operand.target}", operator.node)
-        if not value.is_floating_point():
-            return fail(f"its {name} is {value.dtype}, not floating", operator.node)
+        if not (stored := operand.meta["val"]).is_floating_point():
+            return fail(f"its {name} is {stored.dtype}, not floating", operator.node)
     return None
 
 

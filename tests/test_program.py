@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import fxfreeze as fz
 from fxfreeze.api import rewrite
 from fxfreeze.capture import capture
+from fxfreeze.constants import Recipe
 from fxfreeze.errors import PassError
 from fxfreeze.program import Fold, Program
 
@@ -74,7 +75,7 @@ def test_a_clone_shares_tensors_and_nothing_else(captured: Program) -> None:
     clone.sweep()
     clone.state["more"] = torch.zeros(1)
     clone.dims["batch"] = (3, 3)
-    clone.folds["conv.0.weight"] = Fold("a", "b", torch.zeros(1), 0.5)
+    clone.folds["conv.0.weight"] = Fold("a", "b", Recipe(torch.zeros(1)), 0.5)
     assert str(captured) == text and captured.fingerprint() == fingerprint
     assert captured.dims == {"batch": (1, None)} and captured.folds == {} and "more" not in captured.state
 
@@ -85,7 +86,7 @@ def test_a_clone_shares_tensors_and_nothing_else(captured: Program) -> None:
 def test_the_sweep_drops_what_nothing_reads_and_only_that(program: Program) -> None:
     assert program.sweep() == 0
     norm = node(program, aten.batch_norm.default)
-    program.folds["conv.1.weight"] = Fold("a", "b", torch.zeros(4), 0.5)
+    program.folds["conv.1.weight"] = Fold("a", "b", Recipe(torch.zeros(4)), 0.5)
     program.replace(norm, norm.args[0])  # type: ignore[arg-type]
     assert program.sweep() == 1
     assert set(program.state) == {"conv.0.weight", "fc.weight", "fc.bias"} and program.folds == {}
@@ -183,12 +184,13 @@ def test_the_structural_hash_sees_every_change_of_structure(captured: Program) -
 
 HASH = """
 import torch
+from fxfreeze.constants import Constants
 from fxfreeze.program import Program
 
 graph = torch.fx.Graph()
 size = graph.call_function(torch.sym_max, (3, 2.0))
 graph.output((graph.call_function(torch.ops.aten.full.default, ([size], 1), {"dtype": torch.float16}),))
-digest = Program(graph, {}, (), ("ones",), {}).structural_hash()
+digest = Program(graph, Constants(), (), ("ones",), {}).structural_hash()
 """
 
 

@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+from fxfreeze.constants import lift
 from fxfreeze.errors import PlanError
 from fxfreeze.plan import IA3, DoRA, LoRA
-from fxfreeze.program import Origin, Program, lift
+from fxfreeze.program import Origin, Program
 from fxfreeze.rewrite import Context, Pass
 
 from .._adapters import BASE, DELTA, NORM_FLOOR, DeltaStep, changed, describe, parameter_name

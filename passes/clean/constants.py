@@ -11,7 +11,8 @@ from typing import Any, ClassVar
 import torch
 from torch.fx import Node
 
-from fxfreeze.program import Program, first_line, is_effectful, is_operator, is_random, lift, lifted_call
+from fxfreeze.constants import lift
+from fxfreeze.program import Program, first_line, is_effectful, is_operator, is_random, lifted_call
 from fxfreeze.rewrite import Context, NoMatch, Pass, fail
 
 from .._operators import FORMS
@@ -37,7 +38,7 @@ class Budget:
 
     @classmethod
     def of(cls, program: Program) -> Budget:
-        return cls((4 << 20) + sum(value.nbytes for value in program.state.values()) // 10)
+        return cls((4 << 20) + sum(program.state.tensor(name).nbytes for name in program.state) // 10)
 
 
 class FoldConstants(Pass):

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from torch.fx import Node
 
-from fxfreeze.program import Program, lift
+from fxfreeze.constants import Edit
+from fxfreeze.program import Program
 
 from .._operators import WeightOperator
 
@@ -23,8 +23,8 @@ class Change:
     """
 
     operator: WeightOperator
-    weight: Callable[[Tensor], Tensor] | None
-    bias: Callable[[Tensor], Tensor] | None
+    weight: Edit | None
+    bias: Edit | None
 
     def values(self, program: Program) -> tuple[Tensor | None, Tensor | None]:
         """The new weight and bias, where they are new."""
@@ -45,23 +45,31 @@ class Change:
             return f"the weight of {node.name} is read elsewhere too, and a copy takes {size / 2**20:.1f} MiB"
         return None
 
-    def apply(self, program: Program, weight: Tensor | None, bias: Tensor | None) -> None:
+    def apply(self, program: Program) -> None:
         """Let the operator read the new values; whatever else reads the old ones keeps them."""
-        if weight is not None and self.weight is not None:
-            self._set(program, "weight", self.operator.weight, weight, self.weight)
-        if bias is not None and self.bias is not None:
-            self._set(program, "bias", self.operator.bias, bias, self.bias)
-
-    def _set(
-        self, program: Program, slot: str, old: Node | None, value: Tensor, change: Callable[[Tensor], Tensor]
-    ) -> None:
-        node, weight = self.operator.node, self.operator.weight
-        fold = None if old is None else program.folds.get(str(old.target))
-        if old is not None and old.meta["val"].shape == value.shape:
-            new = program.rebind(old, value, user=node)
+        if self.weight is not None:
+            self._refine(program, self.operator.weight, self.weight)
+        if self.bias is None:
+            return
+        if self.operator.bias is not None and self.operator.bias.meta["val"].shape == (self.operator.out_features,):
+            self._refine(program, self.operator.bias, self.bias)
         else:
-            name = f"{str(weight.target).rpartition('.')[0]}.bias".lstrip(".")
-            new = program.add_constant(name, value, dtype=weight.meta["val"].dtype, before=node, like=node)
-            node.args, node.kwargs = self.operator.call_arguments(**{slot: new})
+            self._add_bias(program, self.bias)
+
+    def _refine(self, program: Program, old: Node, edit: Edit) -> None:
+        fold = program.folds.get(str(old.target))
+        new = program.refine(old, edit, user=self.operator.node)
         if fold is not None:
-            program.folds[str(new.target)] = replace(fold, base=change(lift(fold.base)))
+            program.folds[str(new.target)] = replace(fold, base=fold.base.then(edit))
+
+    def _add_bias(self, program: Program, edit: Edit) -> None:
+        """A bias for an operator that has none, or one with a number for all outputs."""
+        node, weight, bias = self.operator.node, self.operator.weight, program.constant64(self.operator.bias)
+        name = f"{str(weight.target).rpartition('.')[0]}.bias".lstrip(".")
+        value = edit(self._zeros(program) if bias is None else bias)
+        new = program.add_constant(name, value, dtype=weight.meta["val"].dtype, before=node, like=node)
+        node.args, node.kwargs = self.operator.call_arguments(bias=new)
+
+    def _zeros(self, program: Program) -> Tensor:
+        device = program.state.tensor(str(self.operator.weight.target)).device
+        return torch.zeros(self.operator.out_features, dtype=torch.float64, device=device)

@@ -48,8 +48,8 @@ class FoldAffine(NodeRewrite):
                 return fail(reason, node)
         into = ", ".join(f"{_name(item.operator.node)} {program.module_path(item.operator.node)}" for item in changes)
         _report(program, ctx, node, "rewritten", executes=f"folded into {into.strip()}")
-        for change, weight, bias in values:
-            change.apply(program, weight, bias)
+        for change in changes:
+            change.apply(program)
         program.replace(node, affine.value)
         return True
 

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
+from fxfreeze.constants import Recipe
 from fxfreeze.errors import PassError
 from fxfreeze.plan import IA3, DoRA, LoRA
-from fxfreeze.program import Fold, Origin, Program, lift
+from fxfreeze.program import Fold, Origin, Program
 from fxfreeze.rewrite import Context, NoMatch, Outcome, Pass, fail
 
 from .._adapters import BASE, DeltaStep, changed, describe, split_name
@@ -88,31 +89,31 @@ class FoldDelta(Pass):
     ) -> tuple[Node, Node | None, str]:
         """Constants with what `steps` make of the weight and bias at `path`, and what the ledger should say of them."""
         operator = region.operator
-        base = program.state[str(operator.weight.target)]
-        weight, bias = self.effective(program, operator, steps, region.parameters)
+        values = {step.name: {leaf: _float64(program, node) for leaf, node in region.parameters[step.name].items()}
+                  for step in steps}  # fmt: skip
+        base, bias = program.state.recipe(str(operator.weight.target)), operator.bias
+        old, old_bias = _float64(program, operator.weight), None if bias is None else _float64(program, bias)
+        weight, new_bias = self.effective(operator, steps, values, old, old_bias)
+        if bias is not None and new_bias is not None and old_bias is not None and not torch.equal(new_bias, old_bias):
+            bias = _replaced(program, bias, new_bias, region, path, inside)
+        if torch.equal(weight, old):
+            return operator.weight, bias, "the weight stays as it is"
         shared = _other_readers(program, operator.weight, inside)
-        new_weight = _replaced(program, operator.weight, weight, region, path, inside)
-        new_bias = None
-        if operator.bias is not None and bias is not None:
-            new_bias = _replaced(program, operator.bias, bias, region, path, inside)
-        if new_weight is operator.weight:
-            return new_weight, new_bias, "the weight stays as it is"
-        if _is_more_than_rounding(weight, base):
-            names = ", ".join(step.name for step in steps)
-            program.folds[str(new_weight.target)] = Fold(names, path, base, MAX_LOSS)
+        recipe = base.then(lambda given: self.effective(operator, steps, values, given, None)[0])
+        new = _replaced(program, operator.weight, recipe, region, path, inside)
+        if _is_more_than_rounding(weight, old):
+            program.folds[str(new.target)] = Fold(", ".join(step.name for step in steps), path, base, MAX_LOSS)
         detail = f"a copy of {operator.weight.target}, which {', '.join(shared)} reads unchanged" if shared else ""
-        return new_weight, new_bias, detail
+        return new, bias, detail
 
     def effective(
-        self, program: Program, operator: WeightOperator, steps: list[DeltaStep],
-        parameters: Mapping[str, Mapping[str, Node]],
+        self, operator: WeightOperator, steps: list[DeltaStep], values: Mapping[str, Mapping[str, Tensor]],
+        weight: Tensor, bias: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-        """Weight, in its stored layout, and bias after all `steps`, in float64."""
-        weight = apply(operator.to_canonical(), _float64(program, operator.weight))
-        bias = None if operator.bias is None else _float64(program, operator.bias)
+        """Weight, in its stored layout, and bias after all `steps`, from those before them; all in float64."""
+        weight = apply(operator.to_canonical(), weight)
         for step in steps:
-            values = {leaf: _float64(program, node) for leaf, node in parameters[step.name].items()}
-            weight, bias = self.change(step, operator, weight, bias, values)
+            weight, bias = self.change(step, operator, weight, bias, values[step.name])
         return apply(operator.from_canonical(), weight).contiguous(), bias
 
     def change(
@@ -195,7 +196,6 @@ def _float64(program: Program, node: Node) -> Tensor:
 
 def _is_more_than_rounding(weight: Tensor, base: Tensor) -> bool:
     # A DoRA that was never trained moves the weight by the rounding of its magnitudes: nothing that could get lost.
-    base = lift(base)
     return float((weight - base).norm()) > 4 * torch.finfo(torch.float32).eps * float(base.norm())
 
 
@@ -206,10 +206,10 @@ def _other_readers(program: Program, constant: Node, inside: set[Node]) -> list[
     return list(dict.fromkeys(program.module_path(user) or "the model" for user in readers))
 
 
-def _replaced(program: Program, old: Node, value: Tensor, region: Region, path: str, inside: set[Node]) -> Node:
-    """A constant with `value`: the old one if it has that, else a new one, under its name if nothing else reads it."""
-    if torch.equal(_float64(program, old), value):
-        return old
+def _replaced(
+    program: Program, old: Node, value: Tensor | Recipe, region: Region, path: str, inside: set[Node]
+) -> Node:
+    """A new constant with `value`, under the name of the old one if nothing else reads that."""
     name, first = str(old.target), region.operator.node
     if _other_readers(program, old, inside):
         name = f"{path}.{name.rpartition('.')[2]}"

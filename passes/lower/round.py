@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch.fx import Node
 
+from fxfreeze.constants import lift
 from fxfreeze.errors import PassError
-from fxfreeze.program import Fold, Program, lift
+from fxfreeze.program import Fold, Program
 from fxfreeze.rewrite import Context, Pass
 
 
@@ -45,7 +46,7 @@ def _measure(
     program: Program, ctx: Context, node: Node, fold: Fold, exact: torch.Tensor, rounded: torch.Tensor
 ) -> None:
     exact = lift(exact)
-    change = float(torch.linalg.vector_norm(exact - lift(fold.base)))
+    change = float(torch.linalg.vector_norm(exact - lift(fold.base.value())))
     error = float(torch.linalg.vector_norm(lift(rounded) - exact))
     loss = error / change if change else 0.0
     dtype = str(rounded.dtype).removeprefix("torch.")

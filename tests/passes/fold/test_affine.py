@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import fxfreeze as fz
 from fxfreeze.capture import capture
+from fxfreeze.constants import Recipe
 from fxfreeze.passes.clean.noops import StripNoOps
 from fxfreeze.passes.fold import affine as module
 from fxfreeze.passes.fold.affine import FoldAffine
@@ -407,6 +408,12 @@ def test_low_precision_weights_are_folded_in_float64(dtype: str) -> None:
     assert all(node.meta["val"].dtype == getattr(torch, dtype) for node in program.graph.nodes if node.op != "output")
 
 
+def test_a_folded_weight_takes_no_memory_of_its_own_until_it_is_rounded() -> None:
+    model = randomised(seq(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))).bfloat16()
+    program, _ = fold_as_is(model, "batch", 3, 5, 5, dtype="bfloat16")
+    assert program.state.tensor("0.weight").data_ptr() == model[0].weight.data_ptr()
+
+
 # ---- identity
 
 
@@ -428,13 +435,13 @@ def test_what_was_folded_into_a_weight_before_is_scaled_along() -> None:
     program, _ = capture(model, plan)
     base = program.state["0.weight"]
     program.state["0.weight"] = base.double() + 0.01
-    program.folds["0.weight"] = Fold("lora", "0", base, 0.5)
+    program.folds["0.weight"] = Fold("lora", "0", Recipe(base), 0.5)
     run_passes(program, [FoldAffine()], Context(plan))
     fold_row = program.folds["0.weight"]
     norm = model[1]
     gain = (norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt()).reshape(-1, 1, 1, 1)
     assert fold_row.step == "lora"
-    assert relative_error(program.state["0.weight"] - fold_row.base, gain.expand(4, 3, 3, 3) * 0.01) < 1e-12
+    assert relative_error(program.state["0.weight"] - fold_row.base.value(), gain.expand(4, 3, 3, 3) * 0.01) < 1e-12
 
 
 # ---- random chains

@@ -124,9 +124,10 @@ def test_a_fold_keeps_what_it_adds_to() -> None:
     model, net = mixed(*STEPS["lora"])
     program, _ = fold(net)
     item = program.folds["twice.weight"]
-    assert item.base.data_ptr() == model.twice.weight.data_ptr()
+    assert item.base.value().data_ptr() == model.twice.weight.data_ptr()
+    assert program.state.tensor("twice.weight").data_ptr() == model.twice.weight.data_ptr()
     a, b = (net.adapter_state()[f"adapters.lora.twice.lora_{leaf}"].double() for leaf in "AB")
-    delta = program.state["twice.weight"] - item.base
+    delta = program.state["twice.weight"] - item.base.value()
     torch.testing.assert_close(delta, 5 / 3 * b @ a, rtol=1e-12, atol=1e-12)
 
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 import fxfreeze as fz
 from fxfreeze.capture import capture
+from fxfreeze.constants import Recipe
 from fxfreeze.passes.lower.merge import MergeConstants
 from fxfreeze.pipeline import run_passes
 from fxfreeze.program import Fold, Program
@@ -76,7 +77,7 @@ def test_small_ones_and_measured_ones_stay() -> None:
     assert len(merge(torch.zeros(8), torch.zeros(8)).state) == 2
 
     def folded(program: Program) -> None:
-        program.folds["c0"] = Fold("lora", "c0", torch.zeros(BIG), 0.5)
+        program.folds["c0"] = Fold("lora", "c0", Recipe(torch.zeros(BIG)), 0.5)
 
     program = merge(torch.zeros(BIG), torch.zeros(BIG), torch.zeros(BIG), prepare=folded)
     assert set(program.state) == {"c0", "c1"} and "c0" in program.folds

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 import fxfreeze as fz
 from fxfreeze.capture import capture
+from fxfreeze.constants import Recipe
 from fxfreeze.errors import PassError
 from fxfreeze.passes.lower.round import Round
 from fxfreeze.pipeline import run_passes
@@ -24,7 +25,7 @@ def folded(dtype: torch.dtype, delta: float, *, max_loss: float = 0.5) -> tuple[
     base = program.state["0.weight"]
     exact = base.double() + delta * torch.randn(8, 8, dtype=torch.float64)
     program.state["0.weight"] = exact
-    program.folds["0.weight"] = Fold("lora", "0", base, max_loss)
+    program.folds["0.weight"] = Fold("lora", "0", Recipe(base), max_loss)
     return program, Context(plan), base, exact
 
 
