@@ -15,12 +15,13 @@ from functools import cached_property
 from typing import Any
 
 import torch
+from torch._dynamo.exc import UserError
 from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
 
 from .errors import EmitError
 from .exporting import dynamic_shapes, quiet
-from .program import Program
+from .program import Program, is_effectful
 from .sampling import sample_inputs, tracing_sizes
 
 _KERNELS = "fxfreeze.kernels._op"
@@ -94,15 +95,38 @@ def export(
         node.meta.pop("stack_trace", None)
     try:
         with torch.no_grad(), quiet():
-            exported = torch.export.export(
-                module, tuple(inputs), dynamic_shapes=dynamic_shapes(program.inputs, program.dims), strict=False
-            )
+            exported = _export(module, tuple(inputs), dynamic_shapes(program.inputs, program.dims))
             table = references() if table is None else table
             present = {node.target for node in exported.graph.nodes} & set(table)
             if present:
                 exported = exported.run_decompositions({op: table[op] for op in present})
     except Exception as error:
         raise emit_error("the rewritten program cannot be exported", error) from error
+    return exported
+
+
+def _export(module: GraphModule, inputs: tuple[torch.Tensor, ...], shapes: Any) -> ExportedProgram:
+    try:
+        return torch.export.export(module, inputs, dynamic_shapes=shapes, strict=False)
+    except UserError:
+        if any(map(is_effectful, module.graph.nodes)):
+            raise
+        return _unguarded_export(module, inputs, shapes)
+
+
+def _unguarded_export(module: GraphModule, inputs: tuple[torch.Tensor, ...], shapes: Any) -> ExportedProgram:
+    """Export where a guard contradicts the declared dims.
+
+    Asking whether a slice is contiguous is enough for a guard such as "length − 1 ≠ 1", although every length computes
+    the same. Deferred, guards become assertions, and those go: the program had none of them, and a target that needed
+    one is caught by parity, which runs it at the bounds of every dim.
+    """
+    exported = torch.export.export(
+        module, inputs, dynamic_shapes=shapes, strict=False, prefer_deferred_runtime_asserts_over_guards=True
+    )
+    for node in filter(is_effectful, list(exported.graph.nodes)):
+        exported.graph.erase_node(node)
+    exported.graph.eliminate_dead_code()
     return exported
 
 

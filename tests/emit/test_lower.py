@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.fx import GraphModule
 
-from fxfreeze import Input, Plan, lower
+from fxfreeze import Dim, Input, Plan, lower
 from fxfreeze.capture import capture
 from fxfreeze.errors import EmitError
 from fxfreeze.lower import Lowering, emit_error, export
@@ -53,6 +53,23 @@ def test_a_dim_of_one_size_is_static():
     program.dims["n"] = (3, 3)
     assert lower.dynamic_shapes(program.inputs, program.dims) == ({},)
     assert export(program).module()(torch.ones(3, 2))[0].shape == (3, 2)
+
+
+class Shifted(nn.Module):
+    """Whether x[:, 1:] is contiguous depends on its length being 1: a guard, though every length computes the same."""
+
+    def forward(self, x):
+        return torch.nn.functional.pad(x[:, 1:], (0, 0, 0, 1)) + x
+
+
+def test_a_guard_on_the_layout_does_not_narrow_a_declared_dim():
+    shape = ("batch", "length", 4)
+    program, _ = capture(Shifted().eval(), Plan(inputs=[Input("x", shape=shape)], dims={"length": Dim(min=2, max=9)}))
+    exported = export(program)
+    assert not any("assert" in name for name in targets(exported))
+    for length in (2, 3, 9):
+        x = torch.randn(2, length, 4)
+        assert torch.equal(exported.module()(x)[0], Shifted()(x))
 
 
 @pytest.fixture
