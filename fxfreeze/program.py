@@ -318,11 +318,14 @@ class Program:
         return self._digest(describe)
 
     def _digest(self, describe: Callable[[str, Node], object]) -> str:
+        """A constant counts where it is first read: where its node stands among the others says nothing."""
         digest = hashlib.sha256()
         index: dict[Node, int] = {}
 
         def refer(value: Any) -> str:
             if isinstance(value, Node):
+                if value not in index and value.op == "get_attr":
+                    add(value, describe(str(value.target), value))
                 return f"%{index.get(value, '?')}"
             if isinstance(value, Mapping):
                 return "{" + ",".join(f"{key}:{refer(item)}" for key, item in value.items()) + "}"
@@ -330,12 +333,18 @@ class Program:
                 return "[" + ",".join(map(refer, value)) + "]"
             return f"{type(value).__name__}:{value}"
 
+        def add(node: Node, what: object) -> None:
+            line = f"{node.op}|{what}|{refer(node.args)}|{refer(node.kwargs)}\n"
+            index[node] = len(index)
+            digest.update(line.encode())
+
         for spec in self.inputs:
             digest.update(repr((spec.name, str(spec.dtype), spec.shape)).encode())
-        for position, node in enumerate(self.graph.nodes):
-            index[node] = position
-            what = describe(str(node.target), node) if node.op == "get_attr" else _target_name(node)
-            digest.update(f"{node.op}|{what}|{refer(node.args)}|{refer(node.kwargs)}\n".encode())
+        for node in self.graph.nodes:
+            if node.op != "get_attr":
+                add(node, _target_name(node))
+        for node in self.graph.nodes:
+            refer(node)  # what nothing reads counts too
         return digest.hexdigest()
 
     def verify(self) -> None:

@@ -132,8 +132,12 @@ class WeightOperator:
         for key, value in changes.items():
             values[getattr(form, key, None) or key] = value
         schema = self.node.target._schema.arguments  # type: ignore[union-attr]
-        positional = tuple(values[item.name] for item in schema if not item.kwarg_only)
-        return positional, {item.name: values[item.name] for item in schema if item.kwarg_only}
+        # As export writes calls: a default is left out, so that what is folded has the form of what never was adapted.
+        told = {item.name for item in schema
+                if not item.has_default_value() or values[item.name] != item.default_value}  # fmt: skip
+        count = max(i for i, item in enumerate(schema, 1) if item.name in told and not item.kwarg_only)
+        positional = tuple(values[item.name] for item in schema[:count])
+        return positional, {item.name: values[item.name] for item in schema if item.kwarg_only and item.name in told}
 
 
 def weight_operator(node: Node) -> WeightOperator | NoMatch:
