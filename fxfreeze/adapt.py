@@ -9,7 +9,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from . import weights
-from .binding import build, flatten_inputs
+from .binding import build, check_inputs, flatten_inputs
 from .capture import FlatModel, capture, flat_examples, frozen
 from .errors import CaptureError, PlanError
 from .pipeline import PassRow, proof_draws, run_passes, stage_passes
 from .plan import Plan
-from .program import Program, TensorSpec, is_random
+from .program import Program, is_random
 from .proof import ProofRow, Verify, relative_error
 from .rewrite import Context, Ledger
 
@@ -115,7 +115,7 @@ class AdaptedModule(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         program = self.origins.program
         flat = flatten_inputs([spec.name for spec in program.inputs], args, kwargs, error=PlanError)
-        _check_shapes(program.inputs, program.dims, flat)
+        check_inputs(program.inputs, program.dims, flat, error=PlanError)
         constants = [getattr(owner, leaf) for owner, leaf in self._constants]
         return build(program.structure, self.body(*constants, *flat))
 
@@ -247,23 +247,6 @@ def _home(root: nn.Module, name: str) -> tuple[nn.Module, str]:
     while hasattr(owner, leaf):
         leaf += "_"
     return owner, leaf
-
-
-def _check_shapes(
-    specs: Sequence[TensorSpec], dims: Mapping[str, tuple[int, int | None]], flat: Sequence[Tensor]
-) -> None:
-    """Raises PlanError: an input has another rank or size than declared. A graph may not notice by itself."""
-    sizes: dict[str, int] = {}
-    for spec, value in zip(specs, flat, strict=True):
-        fits = value.ndim == len(spec.shape)
-        for declared, size in zip(spec.shape, value.shape, strict=False):
-            low, high = dims.get(declared, (1, None)) if isinstance(declared, str) else (declared, declared)
-            expected = sizes.setdefault(declared, size) if isinstance(declared, str) else declared
-            fits = fits and size == expected and low <= size and (high is None or size <= high)
-        if not fits:
-            shape = "(" + ", ".join(map(str, spec.shape)) + ")"
-            bounds = "".join(f"; {name} from {low} to {high or 'any size'}" for name, (low, high) in dims.items())
-            raise PlanError(f"shape {tuple(value.shape)} where the plan declares {shape}{bounds}", where=spec.name)
 
 
 @torch.no_grad()

@@ -38,7 +38,7 @@ from torch import Tensor
 
 from . import parity
 from ._version import __version__
-from .binding import build, flatten_inputs, top_level
+from .binding import build, check_inputs, flatten_inputs, format_shape, top_level
 from .emit import EMITTERS, PROGRAM, Runner
 from .errors import ArtifactError, FxfreezeError
 from .lower import Lowering
@@ -230,7 +230,7 @@ class Artifact:
         return as_text(summary(self.manifest))
 
     def __repr__(self) -> str:
-        inputs = ", ".join(f"{spec.name}: {_shape(spec)}" for spec in self.interface.inputs)
+        inputs = ", ".join(f"{spec.name}: {format_shape(spec)}" for spec in self.interface.inputs)
         return f"Artifact({inputs} → {', '.join(self.interface.outputs)}; targets {', '.join(self.targets)})"
 
     # ------------------------------------------------------------------ saving
@@ -287,51 +287,10 @@ def _nested(interface: Interface, runner: Callable[..., Sequence[Tensor]]) -> Ca
 
     def call(*args: Any, **kwargs: Any) -> Any:
         flat = flatten_inputs(names, args, kwargs)
-        check_inputs(interface, flat)
+        check_inputs(interface.inputs, interface.dims, flat)
         return build(interface.structure, runner(*flat))
 
     return call
-
-
-# -------------------------------------------------------------------------------------------- inputs
-
-
-def check_inputs(interface: Interface, flat: Sequence[Tensor]) -> None:
-    """Hold the tensors of a call to the interface.
-
-    Raises:
-        ArtifactError: names the input, what was expected and what came.
-    """
-    sizes: dict[str, tuple[int, str]] = {}
-    for spec, value in zip(interface.inputs, flat, strict=True):
-        shape = tuple(value.shape)
-        if value.dtype != spec.dtype:
-            raise ArtifactError(f"input {spec.name!r} is {value.dtype}, expected {spec.dtype}")
-        if value.device.type != spec.device.type or value.layout != torch.strided:
-            found = value.device if value.layout == torch.strided else value.layout
-            raise ArtifactError(f"input {spec.name!r} is on {found}, expected a dense tensor on {spec.device}")
-        if len(shape) != len(spec.shape):
-            raise ArtifactError(f"input {spec.name!r} has shape {shape}, expected {_shape(spec)}")
-        for axis, (size, declared) in enumerate(zip(shape, spec.shape, strict=True)):
-            where = f"input {spec.name!r} has shape {shape}, expected {_shape(spec)}: axis {axis}"
-            if isinstance(declared, int):
-                if size != declared:
-                    raise ArtifactError(f"{where} is {size}")
-                continue
-            known, first = sizes.setdefault(declared, (size, spec.name))
-            if size != known:
-                raise ArtifactError(f"{where} is {size}, but {declared!r} is {known} in {first!r}")
-            low, high = interface.dims.get(declared, (1, None))
-            if size < low or (high is not None and size > high):
-                raise ArtifactError(f"{where} is {size}, but {declared!r} is {_bounds(low, high)}")
-
-
-def _shape(spec: Any) -> str:
-    return "(" + ", ".join(map(str, spec.shape)) + ("," if len(spec.shape) == 1 else "") + ")"
-
-
-def _bounds(low: int, high: int | None) -> str:
-    return f"at least {low}" if high is None else f"between {low} and {high}"
 
 
 # ------------------------------------------------------------------------------------------ manifest

@@ -26,7 +26,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fxfreeze.errors import ArtifactError, CaptureError, FxfreezeError
+from .errors import ArtifactError, CaptureError, FxfreezeError
+from .program import TensorSpec
 
 _LISTED = 24  # leaves named in an error message; a 48-layer model returns hundreds
 _DEPTH = 6  # how deep an opaque object (a cache, say) is searched for tensors, for an error message only
@@ -72,6 +73,50 @@ def flatten_inputs(
 def top_level(names: Sequence[str]) -> list[str]:
     """The first components of ``names``, each once, in order of first appearance."""
     return list(dict.fromkeys(name.split(".", 1)[0] for name in names))
+
+
+def check_inputs(
+    specs: Sequence[TensorSpec],
+    dims: Mapping[str, tuple[int, int | None]],
+    flat: Sequence[Tensor],
+    *,
+    error: type[FxfreezeError] = ArtifactError,
+) -> None:
+    """Hold the tensors of a call to what the plan declares of them; a compiled graph may not notice by itself.
+
+    Raises:
+        error: names the input, what was expected and what came.
+    """
+    sizes: dict[str, tuple[int, str]] = {}
+    for spec, value in zip(specs, flat, strict=True):
+        shape = tuple(value.shape)
+        if value.dtype != spec.dtype:
+            raise error(f"input {spec.name!r} is {value.dtype}, expected {spec.dtype}")
+        if value.device.type != spec.device.type or value.layout != torch.strided:
+            found = value.device if value.layout == torch.strided else value.layout
+            raise error(f"input {spec.name!r} is on {found}, expected a dense tensor on {spec.device}")
+        if len(shape) != len(spec.shape):
+            raise error(f"input {spec.name!r} has shape {shape}, expected {format_shape(spec)}")
+        for axis, (size, declared) in enumerate(zip(shape, spec.shape, strict=True)):
+            where = f"input {spec.name!r} has shape {shape}, expected {format_shape(spec)}: axis {axis}"
+            if isinstance(declared, int):
+                if size != declared:
+                    raise error(f"{where} is {size}")
+                continue
+            known, first = sizes.setdefault(declared, (size, spec.name))
+            if size != known:
+                raise error(f"{where} is {size}, but {declared!r} is {known} in {first!r}")
+            low, high = dims.get(declared, (1, None))
+            if size < low or (high is not None and size > high):
+                raise error(f"{where} is {size}, but {declared!r} is {_bounds(low, high)}")
+
+
+def format_shape(spec: TensorSpec) -> str:
+    return "(" + ", ".join(map(str, spec.shape)) + ("," if len(spec.shape) == 1 else "") + ")"
+
+
+def _bounds(low: int, high: int | None) -> str:
+    return f"at least {low}" if high is None else f"between {low} and {high}"
 
 
 def nest(names: Sequence[str], flat: Sequence[Any]) -> dict[str, Any]:

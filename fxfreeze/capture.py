@@ -25,7 +25,7 @@ from . import sampling
 from .binding import describe, flatten_inputs, nest, select, top_level
 from .constants import Constants
 from .errors import CaptureError, FxfreezeError
-from .exporting import dynamic_shapes, quiet
+from .exporting import dynamic_shapes, quiet, summary
 from .functional import functionalise, normalise
 from .plan import Plan
 from .program import Program, TensorSpec, is_effectful, is_operator
@@ -201,7 +201,7 @@ def _export(
 
 def _capture_error(model: nn.Module, tried: Sequence[tuple[str, BaseException]]) -> CaptureError:
     where, line = _blame(model, tried[0][1])
-    attempts = "; ".join(f"{rung}: {type(error).__name__}: {_summary(error)}" for rung, error in tried)
+    attempts = "; ".join(f"{rung}: {summary(error)}" for rung, error in tried)
     hint = _hint(" ".join(str(error) for _, error in tried))
     return CaptureError(f"torch.export cannot capture this model. Tried {attempts}", where=where, line=line, hint=hint)
 
@@ -212,11 +212,6 @@ def _hint(text: str) -> str:
     if "data-dependent" in text.lower() or "DataDependent" in text or "UserError" in text:
         return "the forward branches on values: use torch.where or torch.cond, or compile the branches one by one"
     return "capture a smaller part of the model, or pass example_inputs that it accepts"
-
-
-def _summary(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return re.sub(r"\s+", " ", " ".join(lines[:3]))[:400] or type(error).__name__
 
 
 def _blame(model: nn.Module, error: BaseException) -> tuple[str, str | None]:

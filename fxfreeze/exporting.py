@@ -41,3 +41,9 @@ def quiet() -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
+
+
+def summary(error: BaseException) -> str:
+    """The class of a compiler's error, and the first three lines in which it says something, on one line."""
+    lines = [" ".join(line.split()) for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {' '.join(lines[:3])[:400]}" if lines else type(error).__name__

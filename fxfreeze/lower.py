@@ -20,7 +20,7 @@ from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
 
 from .errors import EmitError
-from .exporting import dynamic_shapes, quiet
+from .exporting import dynamic_shapes, quiet, summary
 from .program import Program, is_effectful
 from .sampling import sample_inputs, tracing_sizes
 
@@ -142,7 +142,7 @@ def emit_error(what: str, error: BaseException) -> EmitError:
         stack = node.meta.get("nn_module_stack") or {}
         paths = [path for path, _ in stack.values() if path and "_metadata_hook" not in path]
         where = f"{paths[-1] if paths else '<model>'}, {node.target}"
-    return EmitError(f"{what}: {_summary(links[-1])}", where=where)
+    return EmitError(f"{what}: {summary(links[-1])}", where=where)
 
 
 def _node_at_fault(error: BaseException) -> Node | None:
@@ -161,8 +161,3 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
     while link is not None:
         yield link
         link = link.__cause__
-
-
-def _summary(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {' '.join(lines[:2])[:400]}" if lines else type(error).__name__

@@ -390,6 +390,11 @@ class Plan(Record):
 
     # files
 
+    @property
+    def patterns(self) -> list[str]:
+        """What the steps address: every `at` of every step."""
+        return [glob for step in self.steps for glob in step.patterns]
+
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Plan:
         """Read a `.toml` or `.json` file.

@@ -115,7 +115,7 @@ def test_a_dataclass_comes_back_as_a_dict() -> None:
 def test_inputs_that_do_not_fit_are_refused(small: Any) -> None:
     _, net = small
     good = batch()
-    with pytest.raises(fz.PlanError, match=r"shape \(3, 2, 6, 5\) where the plan declares \(batch, 2, 5, 5\)"):
+    with pytest.raises(fz.PlanError, match=r"shape \(3, 2, 6, 5\), expected \(batch, 2, 5, 5\): axis 2 is 6"):
         net({"image": torch.randn(3, 2, 6, 5)}, good["shift"])
     with pytest.raises(fz.PlanError, match="shift"):
         net(good["batch"], torch.randn(2, 4))

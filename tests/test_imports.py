@@ -42,7 +42,7 @@ TABLE: dict[str, str] = {
     "constants": "",
     "plan": "record",
     "program": "constants plan",
-    "binding": "",
+    "binding": "program",
     "report": "",  # renders the plain data of a manifest, and so knows nobody
     "weights": "plan",
     "functional": "program",

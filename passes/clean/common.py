@@ -23,13 +23,12 @@ class CommonSubexpressions(Pass):
     name, stage = "merge-common", "clean"
 
     def run(self, program: Program, ctx: Context) -> int:
-        globs = [glob for step in ctx.plan.steps for glob in step.patterns]
         first: dict[Hashable, Node] = {}
         count = 0
         for node in list(program.graph.nodes):
             if not _is_pure(node):
                 continue
-            key = self._key(program, node, globs)
+            key = self._key(program, node, ctx.plan.patterns)
             kept = first.setdefault(key, node)
             if kept is not node and not (_is_returned(kept) and _is_returned(node)):
                 program.replace(node, kept)

@@ -54,7 +54,7 @@ class FoldConstants(Pass):
     spare_addressed: ClassVar[bool] = True
 
     def run(self, program: Program, ctx: Context) -> int:
-        globs = [glob for step in ctx.plan.steps for glob in step.patterns] if self.spare_addressed else []
+        globs = ctx.plan.patterns if self.spare_addressed else []
         spared = {node for path, nodes in program.sites().items() for node in nodes
                   if node.target in FORMS and any(fnmatchcase(path, glob) for glob in globs)}  # fmt: skip
         known = _constant_nodes(program, spared)
