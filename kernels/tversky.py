@@ -1,0 +1,120 @@
+"""``fxfreeze::tversky``: how similar each object is to each prototype, by the features they share and do not share.
+
+Source: Doumbouya, Jurafsky and Manning, "Tversky Neural Networks", arXiv 2506.11035; `aggregate` is what the package
+`tversky` 0.2.1 computes. The maths from the projections on is in ``_tversky.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+from torch import Tensor
+from torch.nn.functional import normalize as unit
+
+from ._op import Kernel, register
+from ._tversky import Terms, combination, min_sum_by_distance, similarity, working_dtype
+
+SCHEMA = (
+    "(Tensor x, Tensor features, Tensor prototypes, Tensor theta, Tensor alpha, Tensor beta, *, str model, "
+    "str intersection, str difference, str semantics, float threshold=0.0, bool normalize=False) -> Tensor"
+)
+
+
+def reference(
+    x: Tensor,
+    features: Tensor,
+    prototypes: Tensor,
+    theta: Tensor,
+    alpha: Tensor,
+    beta: Tensor,
+    *,
+    model: str,
+    intersection: str,
+    difference: str,
+    semantics: str,
+    threshold: float = 0.0,
+    normalize: bool = False,
+    min_sum: Callable[[Tensor, Tensor], Tensor] | None = None,
+) -> Tensor:
+    """Tversky similarity of `x` to each of `prototypes`.
+
+    A feature ω of the bank is present in a vector v where v·ω exceeds `threshold`. Where a gradient is asked for, this
+    function's operators are differentiated; the gradient is finite wherever the value is (gmean's root at 0 counts 0).
+
+    Args:
+        x: objects [..., d] in float16, bfloat16, float32 or float64.
+        features: the bank Ω [K, d], dtype of `x`, K ≥ 1.
+        prototypes: Π [P, d], dtype of `x`, P ≥ 1.
+        theta: weight of what both have, 0-d, any float dtype; the ratio model has no use for it.
+        alpha: weight of what only the object has, 0-d, any float dtype.
+        beta: weight of what only the prototype has, 0-d, any float dtype.
+        model: "contrast" or "ratio" (equations 2 and 6 of the paper; ratio as in the package, with + 1 below).
+        intersection: "product", "min", "max", "mean", "gmean" or "softmin".
+        difference: "ignorematch" or "subtractmatch" (or, as the package spells it, "substractmatch").
+        semantics: "aggregate": reductions other than product act on the sums over all features, as in the package;
+            "per_feature": they act feature by feature, as the paper writes them; "inclusive": so, and subtractmatch
+            counts the features that only one side has, too.
+        threshold: a feature is present strictly above it. With gmean it is 0 or more.
+        normalize: scale `x` and `prototypes`, not the bank, to length 1 first.
+        min_sum: how to sum minima, see ``_tversky.Terms``; not an argument of the operator.
+
+    Returns:
+        [..., P], dtype of `x`. Half precision is computed in float32 and rounded once.
+
+    Raises:
+        ValueError: an unknown name, or shapes or dtypes other than the above.
+    """
+    how = combination(model, intersection, difference, semantics, threshold)
+    _check(x, features, prototypes, theta=theta, alpha=alpha, beta=beta)
+    terms = Terms(_project(x, features, normalize), _project(prototypes, features, normalize), threshold, min_sum)
+    return similarity(how, terms, *(weight.to(terms.a.dtype) for weight in (theta, alpha, beta))).to(x.dtype)
+
+
+eager = partial(reference, min_sum=min_sum_by_distance)
+"""As the reference, with Σ min as an L1 distance: no [..., p, K] tensor, but no ONNX operator either."""
+
+
+def fake(
+    x: Tensor,
+    features: Tensor,
+    prototypes: Tensor,
+    theta: Tensor,
+    alpha: Tensor,
+    beta: Tensor,
+    *,
+    model: str,
+    intersection: str,
+    difference: str,
+    semantics: str,
+    threshold: float = 0.0,
+    normalize: bool = False,
+) -> Tensor:
+    combination(model, intersection, difference, semantics, threshold)
+    _check(x, features, prototypes, theta=theta, alpha=alpha, beta=beta)
+    return x.new_empty((*x.shape[:-1], prototypes.shape[0]))
+
+
+def _check(x: Tensor, features: Tensor, prototypes: Tensor, **scalars: Tensor) -> None:
+    if not x.dtype.is_floating_point:
+        raise ValueError(f"tversky: x has dtype {x.dtype}, not a floating one")
+    if x.dim() == 0:
+        raise ValueError("tversky: x has no dimension; the last one is d")
+    for name, value in (("features", features), ("prototypes", prototypes)):
+        if value.dim() != 2 or value.shape[1] != x.shape[-1] or value.shape[0] < 1:
+            wanted = f"[1 or more, {x.shape[-1]}] as x {list(x.shape)} asks"
+            raise ValueError(f"tversky: {name} has shape {list(value.shape)}, not {wanted}")
+        if value.dtype != x.dtype:
+            raise ValueError(f"tversky: {name} has dtype {value.dtype}, x has {x.dtype}")
+    for name, value in scalars.items():
+        if value.dim() != 0 or not value.dtype.is_floating_point:
+            raise ValueError(f"tversky: {name} is {value.dtype} of shape {list(value.shape)}, not a 0-d float")
+
+
+def _project(v: Tensor, features: Tensor, normalize: bool) -> Tensor:
+    dtype = working_dtype(v)
+    v = v.to(dtype)
+    return (unit(v, dim=-1) if normalize else v) @ features.to(dtype).T
+
+
+KERNEL = register(Kernel("tversky", SCHEMA, reference, fake, eager=eager))
