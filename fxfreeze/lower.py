@@ -15,7 +15,6 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch._dynamo.exc import UserError
 from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
 
@@ -106,6 +105,8 @@ def export(
 
 
 def _export(module: GraphModule, inputs: tuple[torch.Tensor, ...], shapes: Any) -> ExportedProgram:
+    from torch._dynamo.exc import UserError  # brings triton along: not when fxfreeze is imported
+
     try:
         return torch.export.export(module, inputs, dynamic_shapes=shapes, strict=False)
     except UserError:
