@@ -26,6 +26,7 @@ from .binding import describe, flatten_inputs, nest, select, top_level
 from .constants import Constants
 from .errors import CaptureError, FxfreezeError
 from .exporting import dynamic_shapes, quiet, summary
+from .foreign import recognised
 from .functional import functionalise, normalise
 from .plan import Plan
 from .program import Program, TensorSpec, is_effectful, is_operator
@@ -164,7 +165,7 @@ def capture(model: nn.Module, plan: Plan, examples: Sequence[torch.Tensor] | Non
     flat = FlatModel(model, [spec.name for spec in specs], plan.outputs)
     sizes = sampling.tracing_sizes(specs, dims, examples)
     inputs = sampling.sample_inputs(specs, sizes, seed=0, examples=examples)
-    with frozen(model), quiet():
+    with frozen(model), recognised(model), quiet():
         exported = _export(flat, inputs, specs, dims)
         if flat.observed.structure is None:  # a strict trace leaves no side effects
             flat(*inputs)

@@ -14,6 +14,7 @@ from .clean.noops import StripNoOps
 from .clean.shapes import ExplicitShapes
 from .fold.affine import FoldAffine
 from .fold.delta import FoldDelta
+from .fold.tversky import FoldTversky
 from .lower.merge import MergeConstants
 from .lower.round import Round
 
@@ -27,6 +28,7 @@ PIPELINE: tuple[Pass, ...] = (
     InsertDelta(),
     # fold: one operator where the model, or an adapter, has several; in float64
     FoldDelta(),
+    FoldTversky(),
     FoldLateConstants(),
     FoldAffine(),
     # lower: constants as they are stored
