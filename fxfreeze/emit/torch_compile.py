@@ -16,7 +16,7 @@ share one; at most the choice between two convolution algorithms (from a batch o
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,9 @@ def load(folder: Path, interface: Interface) -> CompiledProgram:
     return CompiledProgram(program.graph_module(), interface)
 
 
+Sizes = tuple[tuple[int, ...], ...]
+
+
 class CompiledProgram:
     """Runner over ``torch.compile``; a combination of size-1 dims is compiled when it is first met.
 
@@ -55,27 +58,34 @@ class CompiledProgram:
         self._module = module
         self._freezing = on_cpu(interface.inputs)
         self._axes = [_symbolic_axes(spec, interface) for spec in interface.inputs]
-        self._compiled: dict[tuple[tuple[int, ...], ...], Callable[..., Any]] = {}
+        self._compiled: dict[Sizes, Callable[..., Any]] = {}
+        self._fixed: dict[Sizes, Callable[..., Any]] = {}
 
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        from torch.fx.experimental.symbolic_shapes import ConstraintViolationError
+
+        sizes = tuple(tuple(value.shape) for value in inputs)
         dynamic = tuple(
-            tuple(axis for axis in axes if value.shape[axis] != 1)
-            for axes, value in zip(self._axes, inputs, strict=True)
+            tuple(axis for axis in axes if shape[axis] != 1) for axes, shape in zip(self._axes, sizes, strict=True)
         )
         with torch.no_grad():
-            # A detached alias: marks set on it are not seen by the caller. Contiguous, so that there is one layout.
-            aliases = [value.detach().contiguous() for value in inputs]
-            for alias, axes in zip(aliases, dynamic, strict=True):
-                if axes:
-                    torch._dynamo.mark_dynamic(alias, axes)
             try:
-                if (compiled := self._compiled.get(dynamic)) is not None:
-                    return compiled(*aliases)
-                with quiet():
-                    compiled = self._compiled[dynamic] = self._compile()
-                    return compiled(*aliases)
+                if sizes in self._fixed:
+                    return self._fixed[sizes](*_aliases(inputs))
+                try:
+                    return self._run(self._compiled, dynamic, _aliases(inputs, dynamic))
+                except ConstraintViolationError:
+                    # A guard on the layout (is a slice of length n − 1 contiguous?) may hold for all sizes but these.
+                    return self._run(self._fixed, sizes, _aliases(inputs))
             except Exception as error:
                 raise emit_error("torch.compile cannot run the program", error) from error
+
+    def _run(self, cache: dict[Sizes, Callable[..., Any]], key: Sizes, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        if (compiled := cache.get(key)) is not None:
+            return compiled(*inputs)
+        with quiet():
+            compiled = cache[key] = self._compile()
+            return compiled(*inputs)
 
     def _compile(self) -> Callable[..., Any]:
         # A copy has code of its own, hence a cache and a recompilation limit of its own. Weights are shared.
@@ -86,6 +96,15 @@ class CompiledProgram:
             options = {"freezing": True}
         # fullgraph: beyond its recompilation limit torch.compile would silently run uncompiled otherwise.
         return torch.compile(module, fullgraph=True, dynamic=False, options=options)
+
+
+def _aliases(inputs: Sequence[Tensor], dynamic: Sizes = ()) -> list[Tensor]:
+    """Detached, so that marks are not seen by the caller; contiguous, so that there is one layout."""
+    aliases = [value.detach().contiguous() for value in inputs]
+    for alias, axes in zip(aliases, dynamic, strict=False):
+        if axes:
+            torch._dynamo.mark_dynamic(alias, axes)
+    return aliases
 
 
 def _make_constant(module: GraphModule) -> None:

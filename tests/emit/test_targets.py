@@ -11,10 +11,13 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from fxfreeze.emit import EMITTERS, aoti
+from fxfreeze import Dim, Input, Plan
+from fxfreeze.capture import capture
+from fxfreeze.emit import EMITTERS, aoti, torch_compile
 from fxfreeze.errors import ArtifactError
 from fxfreeze.parity import check_model, check_target, draw
 from fxfreeze.sampling import sample_inputs
+from fxfreeze.serialize import Interface
 
 TARGETS = list(EMITTERS)
 SIZES = [{"batch": 1, "time": 1}, {"batch": 4, "time": 4}, {"batch": 1, "time": 5}, {"batch": 7, "time": 1}]
@@ -136,3 +139,20 @@ class TestAoti:
         (tmp_path / aoti.FILE).write_bytes(b"PK")
         with pytest.raises(ArtifactError, match="cannot be loaded"):
             aoti.load(tmp_path, built.interface)
+
+
+class Shifted(torch.nn.Module):
+    """Dynamo asks whether x[:, 1:] is contiguous, and so tells a length of 2 from all others."""
+
+    def forward(self, x):
+        return torch.nn.functional.pad(x[:, 1:], (0, 0, 0, 1)) + x
+
+
+def test_a_size_that_a_guard_singles_out_runs_too():
+    plan = Plan(inputs=[Input("x", shape=("batch", "length", 4))], dims={"length": Dim(min=2, max=9)})
+    program, _ = capture(Shifted().eval(), plan)
+    runner = torch_compile.CompiledProgram(program.graph_module(), Interface.of(program))
+    for length in (2, 3, 9, 2, 2):
+        x = torch.randn(3, length, 4)
+        torch.testing.assert_close(runner(x)[0], Shifted()(x))
+    assert len(runner._fixed) == 1
