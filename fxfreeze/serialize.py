@@ -97,6 +97,10 @@ def resolve_operator(name: str) -> Callable[..., Any]:
         return function
     namespace, _, rest = name.partition(".")
     base, _, overload = rest.rpartition(".")
+    if namespace == "fxfreeze":
+        from .kernels import _op
+
+        _ = _op.OPS  # registers ours
     packet = getattr(getattr(torch.ops, namespace), base, None) if namespace.isidentifier() and base else None
     target = getattr(packet, overload, None)
     # torch.ops also has plain methods, such as load_library: only registered operators count.

@@ -48,7 +48,7 @@ TABLE: dict[str, str] = {
     "functional": "program",
     "dataflow": "program",
     "sampling": "plan program",
-    "serialize": "constants program sampling",
+    "serialize": "constants kernels program sampling",
     "exporting": "program",
     "foreign": "kernels",
     "capture": "binding constants exporting foreign functional plan program sampling",

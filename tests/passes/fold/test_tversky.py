@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import itertools
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -86,17 +90,31 @@ def test_tables_that_would_not_fit_are_not_made(monkeypatch: pytest.MonkeyPatch)
     assert operators(program) == [str(KERNEL.op)]
 
 
-def test_prototypes_that_are_computed_stay_an_operator() -> None:
-    class Pair(Head):
-        def forward(self, x: Tensor) -> Tensor:
-            return KERNEL.op(x, self.bank, x.flip(0), *self.weights, **self.how)
+class Pair(Head):
+    """Compares the rows of a batch with each other."""
 
+    def forward(self, x: Tensor) -> Tensor:
+        return KERNEL.op(x, self.bank, x.flip(0), *self.weights, **self.how)
+
+
+def test_prototypes_that_are_computed_stay_an_operator() -> None:
     plan = fz.Plan(inputs=[fz.Input("x", shape=("batch", 6))])
     program, _ = capture(Pair().eval(), plan)
     ctx = Context(plan)
     run_passes(program, [FoldTversky()], ctx)
     (row,) = ctx.ledger
     assert row.outcome == "skipped" and row.detail == "prototypes computed in the graph, not constant"
+
+
+def test_an_operator_that_stays_is_known_to_a_process_that_only_loads_the_artifact(tmp_path: Path) -> None:
+    model = Pair().eval()
+    fz.compile(model, fz.Plan(inputs=[fz.Input("x", shape=("batch", 6))], targets=["torch", "onnx"])).save(
+        tmp_path / "a"
+    )
+    code = "import sys, torch, fxfreeze; print(fxfreeze.load(sys.argv[1])(torch.ones(3, 6)).tolist())"
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "a")], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    torch.testing.assert_close(torch.tensor(ast.literal_eval(done.stdout)), model(torch.ones(3, 6)))
 
 
 def test_the_tables_are_all_that_is_left_of_the_prototypes() -> None:
