@@ -28,6 +28,7 @@ from functools import cached_property
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize as unit
 
 MODELS = ("contrast", "ratio")
 INTERSECTIONS = ("product", "min", "max", "mean", "gmean", "softmin")
@@ -101,15 +102,22 @@ class Terms:
         b: [P, K], same dtype.
         threshold: a feature is present strictly above it.
         min_sum: function of (a⁺, b⁺) ≥ 0 to Σ_k min(a⁺, b⁺) [..., P]; default: the definition, by :func:`pairwise`.
+        total_b: Σ b⁺ [P], where it is known.
     """
 
     def __init__(
-        self, a: Tensor, b: Tensor, threshold: float, min_sum: Callable[[Tensor, Tensor], Tensor] | None = None
+        self,
+        a: Tensor,
+        b: Tensor,
+        threshold: float,
+        min_sum: Callable[[Tensor, Tensor], Tensor] | None = None,
+        total_b: Tensor | None = None,
     ) -> None:
         self.threshold = threshold
         self.has_a, self.has_b = (a > threshold).to(a.dtype), (b > threshold).to(b.dtype)
         # A product, not a selection: NaN and infinite measures must not vanish.
         self.a, self.b = a * self.has_a, b * self.has_b
+        self._total_b = total_b
         self._min_sum = min_sum or (lambda a, b: pairwise(torch.minimum, (a,), (b,)))
 
     @cached_property
@@ -118,7 +126,7 @@ class Terms:
 
     @cached_property
     def total_b(self) -> Tensor:
-        return self.b.sum(-1)
+        return self.b.sum(-1) if self._total_b is None else self._total_b
 
     @cached_property
     def common_a(self) -> Tensor:
@@ -236,3 +244,34 @@ def similarity(how: Combination, terms: Terms, theta: Tensor, alpha: Tensor, bet
 def working_dtype(x: Tensor) -> torch.dtype:
     """float64 for float64, else float32: an indicator 1[a > t] flips where a product's rounding exceeds |a − t|."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def project(v: Tensor, features: Tensor, normalize: bool) -> Tensor:
+    """The measures v·Ωᵀ [..., K] of vectors [..., d], in the working dtype; `normalize`: of v scaled to length 1."""
+    dtype = working_dtype(v)
+    v = v.to(dtype)
+    return (unit(v, dim=-1) if normalize else v) @ features.to(dtype).T
+
+
+def check_objects(x: Tensor, features: Tensor) -> None:
+    """Raises ValueError unless `x` is [..., d] and `features` [K, d], K ≥ 1, of one floating dtype."""
+    if not x.dtype.is_floating_point:
+        raise ValueError(f"tversky: x has dtype {x.dtype}, not a floating one")
+    if x.dim() == 0:
+        raise ValueError("tversky: x has no dimension; the last one is d")
+    check_matrix("features", features, "d", x.shape[-1], x.dtype)
+
+
+def check_matrix(name: str, value: Tensor, letter: str, width: int, dtype: torch.dtype) -> None:
+    """Raises ValueError unless `value` is [1 or more, width] of `dtype`."""
+    if value.dim() != 2 or value.shape[1] != width or value.shape[0] < 1:
+        raise ValueError(f"tversky: {name} has shape {list(value.shape)}, not [1 or more, {letter} = {width}]")
+    if value.dtype != dtype:
+        raise ValueError(f"tversky: {name} has dtype {value.dtype}, not {dtype}")
+
+
+def check_weights(theta: Tensor, alpha: Tensor, beta: Tensor) -> None:
+    """Raises ValueError unless all are 0-d and floating."""
+    for name, value in (("theta", theta), ("alpha", alpha), ("beta", beta)):
+        if value.dim() != 0 or not value.dtype.is_floating_point:
+            raise ValueError(f"tversky: {name} is {value.dtype} of shape {list(value.shape)}, not a 0-d float")

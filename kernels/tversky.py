@@ -9,11 +9,20 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
+import torch
 from torch import Tensor
-from torch.nn.functional import normalize as unit
 
 from ._op import Kernel, register
-from ._tversky import Terms, combination, min_sum_by_distance, similarity, working_dtype
+from ._tversky import (
+    Terms,
+    check_matrix,
+    check_objects,
+    check_weights,
+    combination,
+    min_sum_by_distance,
+    project,
+    similarity,
+)
 
 SCHEMA = (
     "(Tensor x, Tensor features, Tensor prototypes, Tensor theta, Tensor alpha, Tensor beta, *, str model, "
@@ -66,8 +75,8 @@ def reference(
         ValueError: an unknown name, or shapes or dtypes other than the above.
     """
     how = combination(model, intersection, difference, semantics, threshold)
-    _check(x, features, prototypes, theta=theta, alpha=alpha, beta=beta)
-    terms = Terms(_project(x, features, normalize), _project(prototypes, features, normalize), threshold, min_sum)
+    _check(x, features, prototypes, theta, alpha, beta)
+    terms = Terms(project(x, features, normalize), project(prototypes, features, normalize), threshold, min_sum)
     return similarity(how, terms, *(weight.to(terms.a.dtype) for weight in (theta, alpha, beta))).to(x.dtype)
 
 
@@ -91,30 +100,56 @@ def fake(
     normalize: bool = False,
 ) -> Tensor:
     combination(model, intersection, difference, semantics, threshold)
-    _check(x, features, prototypes, theta=theta, alpha=alpha, beta=beta)
+    _check(x, features, prototypes, theta, alpha, beta)
     return x.new_empty((*x.shape[:-1], prototypes.shape[0]))
 
 
-def _check(x: Tensor, features: Tensor, prototypes: Tensor, **scalars: Tensor) -> None:
-    if not x.dtype.is_floating_point:
-        raise ValueError(f"tversky: x has dtype {x.dtype}, not a floating one")
-    if x.dim() == 0:
-        raise ValueError("tversky: x has no dimension; the last one is d")
-    for name, value in (("features", features), ("prototypes", prototypes)):
-        if value.dim() != 2 or value.shape[1] != x.shape[-1] or value.shape[0] < 1:
-            wanted = f"[1 or more, {x.shape[-1]}] as x {list(x.shape)} asks"
-            raise ValueError(f"tversky: {name} has shape {list(value.shape)}, not {wanted}")
-        if value.dtype != x.dtype:
-            raise ValueError(f"tversky: {name} has dtype {value.dtype}, x has {x.dtype}")
-    for name, value in scalars.items():
-        if value.dim() != 0 or not value.dtype.is_floating_point:
-            raise ValueError(f"tversky: {name} is {value.dtype} of shape {list(value.shape)}, not a 0-d float")
+def _check(x: Tensor, features: Tensor, prototypes: Tensor, *weights: Tensor) -> None:
+    check_objects(x, features)
+    check_matrix("prototypes", prototypes, "d", x.shape[-1], x.dtype)
+    check_weights(*weights)
 
 
-def _project(v: Tensor, features: Tensor, normalize: bool) -> Tensor:
-    dtype = working_dtype(v)
-    v = v.to(dtype)
-    return (unit(v, dim=-1) if normalize else v) @ features.to(dtype).T
+def supports(
+    x: Tensor,
+    features: Tensor,
+    prototypes: Tensor,
+    theta: Tensor,
+    alpha: Tensor,
+    beta: Tensor,
+    *,
+    threshold: float = 0.0,
+    **_: object,
+) -> bool:
+    """The tile kernel counts absent features as 0, and has no float64."""
+    tensors = (x, features, prototypes, theta, alpha, beta)
+    return threshold >= 0 and x.dtype != torch.float64 and len({value.device for value in tensors}) == 1
 
 
-KERNEL = register(Kernel("tversky", SCHEMA, reference, fake, eager=eager))
+def launch(
+    x: Tensor,
+    features: Tensor,
+    prototypes: Tensor,
+    theta: Tensor,
+    alpha: Tensor,
+    beta: Tensor,
+    *,
+    model: str,
+    intersection: str,
+    difference: str,
+    semantics: str,
+    threshold: float = 0.0,
+    normalize: bool = False,
+) -> Tensor:
+    """As :func:`reference`; in half precision, measures are rounded to it before they are multiplied."""
+    from ._tversky_triton import tiled
+
+    how = combination(model, intersection, difference, semantics, threshold)
+    _check(x, features, prototypes, theta, alpha, beta)
+    a = project(x.reshape(-1, x.shape[-1]), features, normalize)
+    b = project(prototypes, features, normalize).T.contiguous()
+    score = tiled(a, b, theta.float(), alpha.float(), beta.float(), how, dtype=x.dtype)
+    return score.reshape(*x.shape[:-1], prototypes.shape[0])
+
+
+KERNEL = register(Kernel("tversky", SCHEMA, reference, fake, supports, launch, eager))

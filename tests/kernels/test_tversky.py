@@ -173,6 +173,22 @@ def test_the_definition_agrees(kind, threshold):
         assert error(form(*inputs, **named(kind), threshold=threshold), expected) < 1e-12
 
 
+def test_a_feature_at_the_threshold_is_absent():
+    """0.5 is exact in binary, so that the measures of the first feature equal the threshold in every arithmetic."""
+    _, *others = draw()
+    others[0] = torch.cat([torch.eye(6, dtype=torch.float64), others[0]])
+    for n, threshold in itertools.product((0, 1), (0.0, 0.5)):
+        others[1] = torch.ones_like(others[1])
+        x = torch.full((1, 6), -0.25, dtype=torch.float64)
+        x[0, n] = threshold
+        for kind in kinds(*_tversky.SEMANTICS):
+            at, below = (
+                KERNEL.op(torch.cat([x[:, :n], value, x[:, n + 1 :]], 1), *others, **named(kind), threshold=threshold)
+                for value in (x[:, n : n + 1], x[:, n : n + 1] - 1e-9)
+            )
+            assert error(at, below) < 1e-7
+
+
 def test_the_three_semantics_differ():
     inputs = draw()
     for intersection in INTERSECTIONS:
@@ -357,9 +373,9 @@ GOOD = named(("contrast", "product", "ignorematch", "aggregate"))
         ({"intersection": "gmean", "threshold": -0.1}, "gmean needs a threshold of 0 or more, not -0.1"),
         ({"x": torch.zeros(5, 6, dtype=torch.int64)}, "x has dtype torch.int64"),
         ({"x": torch.tensor(1.0)}, "x has no dimension"),
-        ({"x": torch.zeros(5, 7)}, r"features has shape \[9, 6\], not \[1 or more, 7\] as x \[5, 7\] asks"),
+        ({"x": torch.zeros(5, 7)}, r"features has shape \[9, 6\], not \[1 or more, d = 7\]"),
         ({"features": torch.zeros(0, 6)}, r"features has shape \[0, 6\]"),
-        ({"features": torch.zeros(9, 6).double()}, "features has dtype torch.float64, x has torch.float32"),
+        ({"features": torch.zeros(9, 6).double()}, "features has dtype torch.float64, not torch.float32"),
         ({"prototypes": torch.zeros(4, 5)}, r"prototypes has shape \[4, 5\]"),
         ({"prototypes": torch.zeros(6)}, r"prototypes has shape \[6\]"),
         ({"theta": torch.zeros(1)}, r"theta is torch.float32 of shape \[1\], not a 0-d float"),
@@ -376,3 +392,42 @@ def test_refusals(change, message, fake):
         tensors = [torch.empty_like(arguments.pop(name)) for name in names]
         with pytest.raises(ValueError, match=message):
             KERNEL.op(*tensors, **arguments)
+
+
+# ---- the launcher
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(), (0,), (5,), (2, 3)], ids=str)
+@pytest.mark.parametrize("kind", SOME, ids="-".join)
+def test_launch(device, kind, shape, dtype):
+    _, *others = (value.to(device) for value in draw(dtype=dtype))
+    x = torch.randn(*shape, 6).to(device, dtype)
+    options = {**named(kind), "threshold": 0.1, "normalize": True}
+    assert KERNEL.supports(x, *others, **options)
+    found = KERNEL.launch(x, *others, **options)
+    want = KERNEL.reference(x.double(), *(value.double() for value in others), **options)
+    assert found.dtype == dtype and found.shape == want.shape and found.is_contiguous()
+    if want.numel():
+        assert error(found, want) < (2e-6 if dtype == torch.float32 else 4 * torch.finfo(dtype).eps)
+
+
+def test_what_the_launcher_leaves_to_the_reference():
+    inputs = draw(dtype=torch.float32)
+    assert KERNEL.supports(*inputs, **GOOD)
+    assert not KERNEL.supports(*inputs, **GOOD, threshold=-0.1)
+    assert not KERNEL.supports(*draw(), **GOOD)
+    assert not KERNEL.supports(*inputs[:-1], inputs[-1].to("meta"), **GOOD)
+
+
+@pytest.mark.gpu
+def test_the_operator_launches(device):
+    inputs = [value.to(device) for value in draw(dtype=torch.float32)]
+    for kind in SOME:
+        assert error(KERNEL.op(*inputs, **named(kind)), KERNEL.reference(*inputs, **named(kind))) < 2e-6
+
+
+@pytest.mark.slow
+def test_in_the_interpreter(interpreter):
+    assert interpreter(__file__) == 61
