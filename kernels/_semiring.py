@@ -82,7 +82,7 @@ CONFIGS = (
     {"BN": 64, "BP": 128, "num_warps": 8},
     {"BN": 32, "BP": 64, "num_warps": 4},
 )
-_tuned = tuned(semiring_kernel, CONFIGS, key=("N", "P", "K", "COMBINE", "REDUCE"))
+_tuned = tuned(semiring_kernel, CONFIGS, key=("P", "K", "COMBINE", "REDUCE", "MASK"))
 
 
 def semiring(
@@ -105,6 +105,7 @@ def semiring(
     if c.numel():
         _tuned(
             lambda meta: (triton.cdiv(rows, meta["BN"]), triton.cdiv(columns, meta["BP"])),
+            size=rows,
             a_ptr=a, b_ptr=b, c_ptr=c, threshold=threshold or 0.0, N=rows, P=columns, K=depth,
             stride_ak=a.stride(0), stride_an=a.stride(1), stride_bk=b.stride(0), stride_bp=b.stride(1),
             stride_cn=c.stride(0),

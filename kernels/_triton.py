@@ -15,7 +15,8 @@ Config = Mapping[str, Any]
 def tuned(kernel: Any, configs: Sequence[Config], key: Sequence[str]) -> Callable[..., None]:
     """A launcher of `kernel` that times `configs` once per value of the arguments in `key` and keeps the fastest.
 
-    In Triton's interpreter there is nothing to time, and the first config runs.
+    A size that differs from call to call, such as a batch, is no key: the launcher takes it as `size`, and times once
+    per power of two. In Triton's interpreter there is nothing to time, and the first config runs.
 
     Args:
         kernel: a function under ``triton.jit``.
@@ -23,11 +24,12 @@ def tuned(kernel: Any, configs: Sequence[Config], key: Sequence[str]) -> Callabl
         key: names of arguments.
 
     Returns:
-        Function of a grid, which is a function of the chosen config, and the kernel's other arguments by name.
+        Function of a grid, which is a function of the chosen config, of `size`, and of the kernel's other arguments by
+        name.
     """
 
     @cache
-    def tuner() -> Any:
+    def tuner(size: int) -> Any:
         options = ("num_warps", "num_stages")
         choices = [
             triton.Config(
@@ -38,11 +40,11 @@ def tuned(kernel: Any, configs: Sequence[Config], key: Sequence[str]) -> Callabl
         ]
         return triton.autotune(choices, key=list(key))(kernel)
 
-    def launch(grid: Grid, **arguments: Any) -> None:
+    def launch(grid: Grid, *, size: int = 1, **arguments: Any) -> None:
         if interpreted(kernel):
             kernel[grid(configs[0])](**arguments, **configs[0])
         else:
-            tuner()[grid](**arguments)
+            tuner(triton.next_power_of_2(size))[grid](**arguments)
 
     return launch
 

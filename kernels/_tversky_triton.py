@@ -210,8 +210,8 @@ ROWS_CONFIGS = {
 """By rows, rounded up to a power of two: sums of about 2048 elements per term."""
 
 _HOW = ("MODEL", "INTERSECTION", "DIFFERENCE", "SEMANTICS")
-_tiled_half = tuned(tiled_kernel, HALF_CONFIGS, key=("N", "P", "K", "DTYPE", *_HOW))
-_tiled_single = tuned(tiled_kernel, SINGLE_CONFIGS, key=("N", "P", "K", "PRECISION", *_HOW))
+_tiled_half = tuned(tiled_kernel, HALF_CONFIGS, key=("P", "K", "DTYPE", *_HOW))
+_tiled_single = tuned(tiled_kernel, SINGLE_CONFIGS, key=("P", "K", "PRECISION", *_HOW))
 _rows = {count: tuned(rows_kernel, configs, key=("P", *_HOW)) for count, configs in ROWS_CONFIGS.items()}
 
 
@@ -260,6 +260,7 @@ def tiled(
         launch = _tiled_single if dtype == torch.float32 else _tiled_half
         launch(
             lambda meta: (triton.cdiv(rows, meta["BN"]), triton.cdiv(columns, meta["BP"])),
+            size=rows,
             a_ptr=a, b_ptr=b, minimum_ptr=minimum, soft_ptr=soft, theta_ptr=theta, alpha_ptr=alpha, beta_ptr=beta,
             s_ptr=s, threshold=how.threshold, N=rows, P=columns, K=depth,
             stride_an=a.stride(0), stride_ak=a.stride(1), stride_bk=b.stride(0),
