@@ -46,7 +46,7 @@ def device() -> str:
 
 @pytest.fixture
 def interpreter() -> Callable[[str], int]:
-    """Run the tests marked `gpu` of a file in Triton's interpreter; at least one, and all must pass. Returns how many."""
+    """Run the tests marked `gpu` of a file in the interpreter; at least one, and all must pass. Returns how many."""
 
     def run(file: str) -> int:
         command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "-p", "no:xdist", file]
