@@ -1,0 +1,438 @@
+"""The Tversky layers: the package's numbers, ties, starts, gradients, warm starts, and what a compiler sees of them."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import fxfreeze as fz
+from fxfreeze.nn import TverskyProjection, TverskySimilarity, class_means
+
+MODELS = ("contrast", "ratio")
+INTERSECTIONS = ("product", "min", "max", "mean", "gmean", "softmin")
+DIFFERENCES = ("ignorematch", "subtractmatch")
+SEMANTICS = ("aggregate", "per_feature", "inclusive")
+KINDS = list(itertools.product(MODELS, INTERSECTIONS, DIFFERENCES, SEMANTICS))
+PER_FEATURE = {"intersection": "min", "difference": "subtractmatch", "semantics": "per_feature"}
+
+
+def named(kind):
+    return dict(zip(("model", "intersection", "difference", "semantics"), kind))
+
+
+def seeded(seed, make):
+    torch.manual_seed(seed)
+    return make()
+
+
+@pytest.fixture(scope="module")
+def digits():
+    """scikit-learn's digits: train x [1347, 64] in [0, 1], train labels, test x [450, 64], test labels."""
+    data = pytest.importorskip("sklearn.datasets", reason="the digits come with scikit-learn").load_digits()
+    order = torch.randperm(len(data.target), generator=torch.Generator().manual_seed(0))
+    x = torch.tensor(data.data, dtype=torch.float32)[order] / 16
+    labels = torch.tensor(data.target)[order]
+    return x[:1347], labels[:1347], x[1347:], labels[1347:]
+
+
+# ---- the layer
+
+
+@pytest.mark.parametrize("kind", KINDS, ids="-".join)
+def test_the_options_reach_the_operator(kind):
+    layer = seeded(0, lambda: TverskyProjection(6, 4, 9, **named(kind), threshold=0.1, normalize=True))
+    x = torch.randn(2, 3, 6)
+    weights = (layer.features, layer.prototypes, layer.theta, layer.alpha, layer.beta)
+    expected = torch.ops.fxfreeze.tversky(x, *weights, **named(kind), threshold=0.1, normalize=True)
+    assert expected.shape == (2, 3, 4)
+    assert torch.equal(layer(x), expected)
+
+
+def test_one_object():
+    layer = seeded(0, lambda: TverskyProjection(6, 4, 9))
+    x = torch.randn(6)
+    assert torch.equal(layer(x), layer(x[None])[0])
+
+
+def test_similarity_compares_two_sets_and_is_the_projection_onto_the_second():
+    projection = seeded(0, lambda: TverskyProjection(6, 4, 9, **PER_FEATURE))
+    similarity = TverskySimilarity(6, projection, **PER_FEATURE)
+    similarity.load_state_dict({k: v for k, v in projection.state_dict().items() if k != "prototypes"})
+    x = torch.randn(5, 6)
+    assert torch.equal(similarity(x, projection.prototypes), projection(x))
+    assert similarity(x, torch.randn(7, 6)).shape == (5, 7)
+
+
+def test_the_bias_is_added():
+    layer = seeded(0, lambda: TverskyProjection(6, 4, 9, bias=True))
+    x = torch.randn(5, 6)
+    before = layer(x)
+    assert torch.equal(layer.bias, torch.zeros(4))
+    layer.bias.data = torch.arange(4.0)
+    assert torch.equal(layer(x), before + torch.arange(4.0))
+
+
+def test_ratio_does_not_ask_a_gradient_for_theta():
+    layer = TverskyProjection(6, 4, 9, model="ratio")
+    layer(torch.randn(5, 6)).sum().backward()
+    missing = [name for name, weight in layer.named_parameters() if weight.requires_grad and weight.grad is None]
+    assert missing == [] and not layer.theta.requires_grad
+    assert TverskyProjection(6, 4, 9).theta.requires_grad
+
+
+def test_autocast_does_not_flip_features():
+    layer = seeded(0, lambda: TverskyProjection(64, 10, 128))
+    x = torch.randn(50, 64).bfloat16()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        scores = layer(x)
+        pairs = TverskySimilarity(64, layer)(x, x)
+    assert scores.dtype == pairs.dtype == torch.float32
+    assert torch.equal(scores, layer(x.float()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("init", ["orthogonal", "normal", "uniform"])
+def test_dtypes(dtype, init):
+    layer = TverskyProjection(6, 4, 9, init=init, bias=True, dtype=dtype)
+    assert {weight.dtype for weight in layer.parameters()} == {dtype}
+    assert layer(torch.randn(5, 6, dtype=dtype)).dtype == dtype
+    assert TverskyProjection(6, 4, 9, init=init, device="meta").features.is_meta
+
+
+def test_repr_says_which_similarity():
+    layer = TverskyProjection(6, 4, 9, **PER_FEATURE, threshold=0.5, normalize=True, bias=True)
+    assert repr(layer) == (
+        "TverskyProjection(6, prototypes=4, features=9, contrast, min, subtractmatch, per_feature, threshold=0.5, "
+        "normalize=True, bias=True)"
+    )
+    assert repr(TverskySimilarity(6, 9)) == (
+        "TverskySimilarity(6, features=9, contrast, product, ignorematch, aggregate)"
+    )
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: TverskyProjection(0, 4, 9), ValueError, "in_features is 0, not 1 or more"),
+        (lambda: TverskyProjection(6, -1, 9), ValueError, "prototypes is -1"),
+        (lambda: TverskyProjection(6, 4, True), TypeError, "features is a bool, not a count, a tensor"),
+        (lambda: TverskyProjection(6, 4, nn.Linear(6, 9)), TypeError, "features is a Linear"),
+        (lambda: TverskyProjection(6, TverskySimilarity(6, 9), 9), TypeError, "prototypes is a NoneType"),
+        (lambda: TverskyProjection(6, 4, torch.ones(9, 5)), ValueError, r"\[9, 5\], not .* in_features = 6"),
+        (lambda: TverskyProjection(6, 4, torch.ones(9, 6, dtype=torch.int)), ValueError, "int32"),
+        (lambda: TverskyProjection(6, 4, nn.Embedding(9, 6), dtype=torch.float64), ValueError, "cannot be tied as"),
+        (lambda: TverskyProjection(6, nn.Embedding(4, 6), nn.Embedding(9, 6).double()), ValueError, "in one dtype"),
+        (lambda: TverskyProjection(6, 4, 9, model="cosine"), ValueError, "model 'cosine' is not one of"),
+        (lambda: TverskyProjection(6, 4, 9, init="xavier"), ValueError, "init 'xavier' is not one of orthogonal"),
+        (lambda: TverskyProjection(6, 4, 9, threshold=float("nan")), ValueError, "not finite"),
+        (lambda: TverskyProjection(6, 4, 9)(torch.ones(2, 5)), ValueError, r"x has shape \[2, 5\], not \[..., 6\]"),
+        (lambda: TverskyProjection(6, 4, 9)(torch.tensor(1.0)), ValueError, r"x has shape \[\]"),
+        (lambda: TverskyProjection(6, 4, 9)(torch.ones(2, 6).double()), ValueError, "dtype"),
+        (lambda: TverskySimilarity(6, 9)(torch.ones(2, 6), torch.ones(3, 5)), ValueError, r"y has shape \[3, 5\]"),
+    ],
+)  # fmt: skip
+def test_refusals(make, error, message):
+    with pytest.raises(error, match=message):
+        make()
+
+
+# ---- ties
+
+
+class Tied(nn.Module):
+    """A language model's shape: prototypes are the token embedding; two layers have one bank."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(11, 6)
+        self.inner = TverskyProjection(6, 6, 9)
+        self.head = TverskyProjection(6, self.embedding, self.inner)
+
+    def forward(self, tokens):
+        return self.head(self.inner(self.embedding(tokens)))
+
+
+def assert_tied(model):
+    assert model.head.prototypes is model.embedding.weight
+    assert model.head.features is model.inner.features
+
+
+def test_a_tie_is_the_same_parameter():
+    embedding = nn.Embedding(11, 6)
+    before = embedding.weight.clone()
+    for given in (embedding, embedding.weight):
+        layer = TverskyProjection(6, given, given)
+        assert layer.prototypes is layer.features is embedding.weight
+        layer.reset_parameters()
+    assert torch.equal(embedding.weight, before)
+    assert TverskyProjection(6, TverskyProjection(6, embedding, 9), 9).prototypes is embedding.weight
+
+
+def test_ties_survive():
+    model = seeded(0, Tied)
+    assert_tied(model)
+    names = [name for name, _ in model.named_parameters()]
+    assert len(names) == len({id(weight) for weight in model.parameters()}) == 2 + 3 + 1 + 3 and len(set(names)) == 9
+    twin = copy.deepcopy(model)
+    assert_tied(twin)
+    assert twin.embedding.weight is not model.embedding.weight
+    assert_tied(model.to(torch.float64))
+    assert_tied(model.float())
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    assert {"embedding.weight", "head.prototypes", "head.features", "inner.features"} <= set(state)
+    other = seeded(1, Tied)
+    other.load_state_dict(state)
+    assert_tied(other)
+    tokens = torch.arange(11)
+    assert torch.equal(other(tokens), model(tokens))
+
+
+def test_an_optimiser_moves_a_tied_weight_once_and_by_both_gradients():
+    model = seeded(0, Tied)
+    before = model.embedding.weight.detach().clone()
+    model(torch.arange(11)).logsumexp(-1).sum().backward()
+    gradient = model.embedding.weight.grad.clone()
+    torch.optim.SGD(model.parameters(), lr=0.1).step()
+    assert_tied(model)
+    assert torch.allclose(model.embedding.weight, before - 0.1 * gradient)
+    untied = seeded(0, Tied)
+    untied.head.prototypes = nn.Parameter(untied.embedding.weight.detach().clone())
+    untied(torch.arange(11)).logsumexp(-1).sum().backward()
+    parts = (untied.head.prototypes.grad, untied.embedding.weight.grad)
+    assert all(part.abs().max() > 0 for part in parts)
+    assert torch.allclose(gradient, sum(parts), atol=1e-6)
+
+
+def test_a_plain_tensor_is_copied_and_stays_at_a_reset():
+    start = torch.randn(4, 6)
+    layer = TverskyProjection(6, start, 9)
+    assert layer.prototypes.data_ptr() != start.data_ptr() and torch.equal(layer.prototypes, start)
+    bank = layer.features.clone()
+    layer.reset_parameters()
+    assert torch.equal(layer.prototypes, start)
+    assert not torch.equal(layer.features, bank)
+
+
+def test_new_weights_go_with_the_tied_ones():
+    layer = TverskyProjection(6, nn.Embedding(4, 6, dtype=torch.float64), 9, bias=True)
+    assert {weight.dtype for weight in layer.parameters()} == {torch.float64}
+    layer = TverskyProjection(6, 4, nn.Embedding(9, 6, dtype=torch.float64))
+    assert {weight.dtype for weight in layer.parameters()} == {torch.float64}
+
+
+# ---- how it starts
+
+
+def presence(layer, v):
+    v = F.normalize(v, dim=-1) if layer.normalize else v
+    return (v @ layer.features.T > layer.threshold).float().mean()
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("init", ["orthogonal", "normal"])
+@pytest.mark.parametrize(("d", "features"), [(8, 256), (32, 32), (128, 16), (64, 512)])
+@torch.no_grad()
+def test_the_default_start(d, features, init, normalize):
+    layer = seeded(0, lambda: TverskyProjection(d, 100, features, init=init, normalize=normalize))
+    x = torch.randn(400, d)
+    for v in (x, layer.prototypes):
+        assert presence(layer, v) == pytest.approx(0.5, abs=0.05)
+    measures = (F.normalize(x, dim=-1) if normalize else x) @ layer.features.T
+    assert measures.square().mean().sqrt() == pytest.approx(1, abs=0.2)
+    assert 0.35 < layer(x).std(1).mean() < 0.65
+    assert layer.alpha == layer.beta == layer.theta / 2
+
+
+@pytest.mark.parametrize(("d", "features"), [(16, 4), (16, 16), (16, 40)])
+def test_orthogonal_features_favour_no_direction(d, features):
+    bank = TverskyProjection(d, 3, features).features.detach()
+    gram = bank @ bank.T if features <= d else bank.T @ bank
+    scale = 1 if features <= d else features / d
+    assert torch.allclose(gram, scale * torch.eye(len(gram)), atol=1e-5)
+
+
+@torch.no_grad()
+def test_the_package_s_start():
+    layer = seeded(0, lambda: TverskyProjection(32, 50, 40, init="uniform"))
+    assert (layer.theta, layer.alpha, layer.beta) == (1, 0.5, 0.5)
+    for weight in (layer.features, layer.prototypes):
+        assert 0 <= weight.min() < 0.01 and 0.99 < weight.max() < 1
+    assert presence(layer, layer.prototypes) == 1
+
+
+def test_reset_draws_anew_and_a_seed_fixes_the_draw():
+    layer = seeded(0, lambda: TverskyProjection(6, 4, 9, bias=True))
+    first = {name: value.clone() for name, value in layer.state_dict().items()}
+    layer.theta.data.fill_(7)
+    layer.bias.data.fill_(7)
+    layer.reset_parameters()
+    assert not torch.equal(layer.features, first["features"])
+    assert not torch.equal(layer.prototypes, first["prototypes"])
+    seeded(0, layer.reset_parameters)
+    assert all(torch.equal(value, first[name]) for name, value in layer.state_dict().items())
+
+
+def test_class_means():
+    x = torch.tensor([[1.0, 2.0], [3.0, 4.0], [10.0, 0.0]])
+    assert class_means(x, torch.tensor([1, 1, 0]), 2).tolist() == [[10.0, 0.0], [2.0, 3.0]]
+    with pytest.raises(ValueError, match=r"no row of class \[1, 3\]"):
+        class_means(x, torch.tensor([0, 2, 0]), 4)
+    with pytest.raises(ValueError, match="labels from 0 to 5, not from 0 to 1"):
+        class_means(x, torch.tensor([0, 5, 0]), 2)
+    with pytest.raises(ValueError, match="labels"):
+        class_means(x, torch.tensor([0, 1]), 2)
+
+
+# ---- gradients
+
+
+@pytest.mark.parametrize("kind", KINDS, ids="-".join)
+def test_gradients_are_finite_where_things_are_empty(kind):
+    """Zero vectors, vectors that share no feature, prototypes without any; with and without `normalize`."""
+    features = torch.cat([torch.eye(3), -torch.eye(3)])
+    prototypes = torch.tensor([[-1.0, -2.0, -1.0], [0.0, 0.0, 0.0], [1.0, 0.5, 2.0]])
+    x = torch.tensor([[1.0, 2.0, 3.0], [0.0, 0.0, 0.0], [-1.0, -1.0, -1.0]], requires_grad=True)
+    for normalize in (False, True):
+        layer = TverskyProjection(3, prototypes, features, **named(kind), normalize=normalize)
+        scores = layer(x)
+        assert scores.isfinite().all()
+        for row in scores:
+            for score in row:
+                wanted = [x, *(weight for weight in layer.parameters() if weight.requires_grad)]
+                for gradient in torch.autograd.grad(score, wanted, retain_graph=True, allow_unused=True):
+                    assert gradient is None or gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("kind", KINDS, ids="-".join)
+def test_gradcheck_away_from_kinks(kind):
+    for normalize in (False, True):
+        layer = seeded(3, lambda n=normalize: TverskyProjection(3, 3, 5, **named(kind), normalize=n, bias=True).double())
+        x = torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
+        names = [name for name, weight in layer.named_parameters() if weight.requires_grad]
+
+        def run(x, *weights, layer=layer, names=names):
+            return torch.func.functional_call(layer, dict(zip(names, weights)), (x,))
+
+        unit = F.normalize(x, dim=-1) if normalize else x
+        own = F.normalize(layer.prototypes, dim=-1) if normalize else layer.prototypes
+        # A step of 1e-6 crosses no threshold, and min and max no tie, for this seed.
+        assert (torch.cat([unit, own]) @ layer.features.T).abs().min() > 1e-4
+        assert torch.autograd.gradcheck(run, (x, *(layer.get_parameter(name) for name in names)))
+
+
+# ---- from the package
+
+
+def of_package(name, model, intersection, difference, normalize):
+    theirs = pytest.importorskip("tversky.nn", reason="compares with the package tversky")
+    counts = {"class_count": 4} if name == "TverskyProjection" else {}
+    module = getattr(theirs, name)(6, fbank_size=9, similarity_model=model, normalize=normalize,
+                                   intersection_reduction=intersection, difference_reduction=difference, **counts)  # fmt: skip
+    with torch.no_grad():
+        for weight in module.parameters():
+            if weight.dim():
+                weight.sub_(0.5)  # so that features are absent, too
+        module.theta.fill_(1.3), module.alpha.fill_(0.4), module.beta.fill_(0.7)
+    module.threshold = 0.05
+    return module
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("difference", ["ignorematch", "substractmatch"])
+@pytest.mark.parametrize("intersection", INTERSECTIONS)
+@pytest.mark.parametrize("model", MODELS)
+def test_from_package(model, intersection, difference, normalize):
+    torch.manual_seed(0)
+    x = torch.randn(5, 6)
+    theirs = of_package("TverskyProjection", model, intersection, difference, normalize)
+    ours = TverskyProjection.from_package(theirs)
+    assert torch.allclose(ours(x), theirs(x), rtol=1e-5, atol=1e-6)
+    assert torch.allclose(ours(x.view(1, 5, 6)), theirs(x.view(1, 5, 6)), rtol=1e-5, atol=1e-6)
+    theirs = of_package("TverskySimilarity", model, intersection, difference, normalize)
+    assert torch.allclose(TverskySimilarity.from_package(theirs)(x, -x), theirs(x, -x), rtol=1e-5, atol=1e-6)
+
+
+def test_from_package_copies_or_shares():
+    theirs = of_package("TverskyProjection", "contrast", "min", "ignorematch", False).eval()
+    theirs.alpha.requires_grad_(False)
+    copied, shared = (TverskyProjection.from_package(theirs, share=share) for share in (False, True))
+    assert not copied.training and not shared.training
+    pairs = [("features", theirs.feature_bank.weight), ("prototypes", theirs.prototypes.weight)]
+    for name, weight in [*pairs, *((name, getattr(theirs, name)) for name in ("theta", "alpha", "beta"))]:
+        assert getattr(shared, name) is weight
+        assert getattr(copied, name) is not weight and torch.equal(getattr(copied, name), weight)
+        assert getattr(copied, name).requires_grad == weight.requires_grad
+    copied.reset_parameters()
+    assert copied.prototypes.min() >= 0
+    shared.reset_parameters()
+    assert shared.prototypes.min() < 0
+
+
+def test_from_package_refuses_what_it_does_not_understand():
+    theirs = of_package("TverskyProjection", "contrast", "min", "ignorematch", False)
+    with pytest.raises(TypeError, match=r"takes a tversky.nn.TverskySimilarity, not a tversky.nn.TverskyProjection"):
+        TverskySimilarity.from_package(theirs)
+    with pytest.raises(TypeError, match=r"not a torch.nn.modules.linear.Linear"):
+        TverskyProjection.from_package(nn.Linear(6, 4))
+    child = type("TverskyProjection", (type(theirs),), {"__module__": "mine"})
+    theirs.__class__ = child
+    with pytest.raises(TypeError, match=r"not a mine.TverskyProjection"):
+        TverskyProjection.from_package(theirs)
+    theirs = of_package("TverskyProjection", "cosine", "min", "ignorematch", False)
+    with pytest.raises(ValueError, match="model 'cosine'"):
+        TverskyProjection.from_package(theirs)
+    theirs = of_package("TverskyProjection", "contrast", "median", "ignorematch", False)
+    with pytest.raises(ValueError, match="intersection 'median'"):
+        TverskyProjection.from_package(theirs)
+
+
+# ---- from a linear layer
+
+
+@pytest.fixture(scope="module")
+def trained(digits):
+    """A linear classifier of standardised digits (inputs of both signs), one of raw ones (≥ 0), and their test inputs."""
+    x, labels, test, _ = digits
+    mean, deviation = x.mean(0), x.std(0) + 0.01
+    found = {}
+    for name, rows, unseen in (("signed", (x - mean) / deviation, (test - mean) / deviation), ("raw", x, test)):
+        linear = seeded(0, lambda: nn.Linear(64, 10))
+        optimiser = torch.optim.Adam(linear.parameters(), lr=0.01)
+        for _ in range(300):
+            optimiser.zero_grad()
+            F.cross_entropy(linear(rows), labels).backward()
+            optimiser.step()
+        found[name] = linear, rows, unseen
+    return found
+
+
+def agreement(layer, linear, x):
+    with torch.no_grad():
+        return (layer(x).argmax(1) == linear(x).argmax(1)).double().mean().item()
+
+
+def test_from_linear_is_exact_for_inputs_of_one_sign(trained):
+    linear, _, test = trained["raw"]
+    layer = TverskyProjection.from_linear(linear.double(), nonnegative=True)
+    linear, test = linear.double(), test.double()
+    assert layer.features.shape == (64, 64) and (layer.prototypes > 0).all()
+    assert torch.allclose(layer(test).softmax(1), linear(test).softmax(1), atol=1e-12)
+    linear.float()
+
+
+# Measured top-1 agreement on the 450 test digits; a bound is about two standard deviations of a proportion below.
+@pytest.mark.parametrize(
+    ("data", "features", "sampled", "bound"), [("signed", 18, True, 0), ("signed", None, False, 0)]
+)
+def test_from_linear_ranks_as_the_linear_layer(trained, data, features, sampled, bound):
+    linear, train, test = trained[data]
+    layer = TverskyProjection.from_linear(linear, features, inputs=train if sampled else None)
+    print(data, features, sampled, agreement(layer, linear, test))
+    assert agreement(layer, linear, test) > bound
