@@ -22,7 +22,7 @@ from .errors import (
     PlanError,
     ProofError,
 )
-from .plan import IA3, Dim, DoRA, Input, LoRA, Plan
+from .plan import IA3, Dim, DoRA, Input, LoRA, Plan, Tversky
 
 __all__ = [
     "IA3",
@@ -41,6 +41,7 @@ __all__ = [
     "Plan",
     "PlanError",
     "ProofError",
+    "Tversky",
     "__version__",
     "adapt",
     "compile",

@@ -213,6 +213,9 @@ class Dim(Record):
 class Step(Record):
     """Something to do to the modules that `at` matches."""
 
+    meaning: ClassVar[tuple[str, ...]] = ()
+    """Attributes that change what trained numbers stand for; a file of adapters keeps them."""
+
     kind: str = Field(description="Which step this is.", kw_only=True)
     at: Patterns = Field(
         description="Glob or globs over module paths, such as 'layer*.conv1'. Each must match a module."
@@ -239,6 +242,8 @@ class Step(Record):
 
 class _LowRank(Step):
     """Fields and scale that LoRA and DoRA share."""
+
+    meaning = ("rank", "scale")
 
     rank: Count = Field(description="Rank r of the update B·A; A is (r, in features), B is (out features, r).")
     alpha: Number | None = Field(
@@ -279,6 +284,8 @@ class DoRA(_LowRank):
 class IA3(Step):
     """A learned gain per feature (Liu et al. 2022)."""
 
+    meaning = ("side",)
+
     kind: Literal["ia3"] = Field(default="ia3", description="One learned gain per feature.", kw_only=True)
     side: Literal["out", "in"] = Field(
         default="out", description="Scale the module's output features or its input features."
@@ -290,7 +297,57 @@ class IA3(Step):
     )
 
 
-STEPS: tuple[type[Step], ...] = (LoRA, DoRA, IA3)
+class Tversky(Step):
+    """Similarity to P learnt prototypes in place of a linear layer with P outputs (Doumbouya et al., arXiv 2506.11035).
+
+    It starts either out of the linear layer's weights, ranking its outputs nearly as that does
+    (:meth:`fxfreeze.nn.TverskyProjection.from_linear`), or anew.
+    """
+
+    meaning = ("model", "intersection", "difference", "semantics", "threshold", "normalize")
+
+    kind: Literal["tversky"] = Field(default="tversky", description="Tversky similarity head.", kw_only=True)
+    features: Count | None = Field(
+        default=None, description="Number of features K of the bank. Default: twice the layer's inputs."
+    )
+    model: Literal["contrast", "ratio"] = Field(default="contrast", description="Tversky's model of similarity.")
+    intersection: Literal["product", "min", "max", "mean", "gmean", "softmin"] = Field(
+        default="product", description="How what both have is measured."
+    )
+    difference: Literal["ignorematch", "subtractmatch"] = Field(
+        default="ignorematch", description="How what only one has is measured."
+    )
+    semantics: Literal["aggregate", "per_feature", "inclusive"] = Field(
+        default="aggregate",
+        description="Whether reductions act on sums over the features, as in the package tversky, or on each feature.",
+    )
+    threshold: Number = Field(default=0.0, description="A feature is present strictly above it.")
+    normalize: Flag = Field(default=False, description="Scale inputs and prototypes to length 1 first.")
+    start: Literal["linear", "random"] = Field(
+        default="linear", description="Where the weights start: out of the linear layer's, or drawn."
+    )
+    weights: Weights | None = Field(
+        default=None,
+        description="Path of a safetensors file with the trained weights, relative to the plan's folder.",
+    )
+
+    def _problems(self) -> Iterator[Problem]:
+        plain = (self.model, self.intersection, self.difference) == ("contrast", "product", "ignorematch")
+        if self.start == "linear" and (not plain or self.threshold != 0 or self.normalize):
+            yield (
+                "start",
+                (
+                    "must be 'random': only contrast, product, ignorematch without threshold and normalize can start "
+                    "out of a linear layer"
+                ),
+            )
+        elif self.start == "linear" and self.features is not None and self.features % 2:
+            yield "features", f"must be even to start out of a linear layer, got {self.features}"
+        if self.intersection == "gmean" and self.threshold < 0:
+            yield "threshold", f"must be ≥ 0 with gmean, got {self.threshold!r}"
+
+
+STEPS: tuple[type[Step], ...] = (LoRA, DoRA, IA3, Tversky)
 """Every step a plan can hold. A new step class is added here and nowhere else."""
 
 if TYPE_CHECKING:

@@ -115,17 +115,14 @@ def check_metadata(metadata: Mapping[str, str], steps: Iterable[Step], where: st
         if then is not None and then != now:
             raise PlanError(
                 f"step {step.name!r} was trained as {_words(then)}, but the plan says {_words(now)}",
-                where=where, hint="trained numbers mean the same only with the same kind, rank, scale and side",
-            )  # fmt: skip
+                where=where,
+                hint=f"trained numbers mean the same only with the same {', '.join(['kind', *step.meaning])}",
+            )
 
 
 def _meaning(step: Step) -> dict[str, Any]:
     """What changes the function that a step's parameters stand for."""
-    found = {"kind": step.kind}
-    for key in ("rank", "scale", "side"):
-        if hasattr(step, key):
-            found[key] = getattr(step, key)
-    return found
+    return {"kind": step.kind, **{key: getattr(step, key) for key in step.meaning}}
 
 
 def _words(meaning: Mapping[str, Any]) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from fxfreeze.rewrite import Pass
 
 from .adapt.delta import InsertDelta
+from .adapt.tversky import InsertTversky
 from .clean.common import CommonSubexpressions
 from .clean.constants import FoldConstants, FoldLateConstants
 from .clean.noops import StripNoOps
@@ -25,6 +26,7 @@ PIPELINE: tuple[Pass, ...] = (
     CommonSubexpressions(),
     FoldConstants(),
     # adapt: put the plan's adapters in
+    InsertTversky(),
     InsertDelta(),
     # fold: one operator where the model, or an adapter, has several; in float64
     FoldDelta(),

@@ -9,13 +9,14 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from fxfreeze.plan import IA3, DoRA, LoRA, Step
+from fxfreeze.plan import IA3, DoRA, LoRA, Step, Tversky
 from fxfreeze.program import ADAPTERS
 
 from ._operators import WeightOperator
 
-BASE, DELTA = "BASE", "DELTA"
-"""`Origin.primitive` of the operator whose weight a site's steps change, and of everything they put around it."""
+BASE, DELTA, HEAD = "BASE", "DELTA", "HEAD"
+"""`Origin.primitive` of the operator whose weight a site's steps change, of everything they put around it, and of what
+takes the operator's place."""
 
 DeltaStep = LoRA | DoRA | IA3
 """Steps that change the weight of one operator."""
@@ -38,6 +39,8 @@ def describe(step: Step) -> str:
     """The step in a few words."""
     if isinstance(step, LoRA | DoRA):
         return f"{type(step).__name__} rank {step.rank}, scale {step.scale:g}"
+    if isinstance(step, Tversky):
+        return f"Tversky {step.model}, {step.intersection}, {step.difference}, {step.semantics}"
     return f"IA3 on the {step.side}put" if isinstance(step, IA3) else type(step).__name__
 
 

@@ -68,7 +68,7 @@ TABLE: dict[str, str] = {
     "cli": "door adapt api artifact demo passes plan report rewrite _version",
     "__main__": "cli",
     "passes": "pass rewrite",
-    "pass": "constants dataflow inline kernels pass-helper plan program rewrite weights",
+    "pass": "constants dataflow inline kernels nn pass-helper plan program rewrite weights",
     "pass-helper": "constants dataflow inline kernels plan program rewrite weights",
     "kernels": "",
     "kernel": "kernel-helper",

@@ -174,8 +174,8 @@ def test_edges_that_are_fine() -> None:
         ({"steps": [{"kind": "lora", "at": "a", "rank": 1, "rslora": 1}]},
          "steps[0].rslora: must be a valid boolean, got 1"),
         ({"steps": [{"kind": "lroa", "at": "a"}]},
-         "steps[0].kind: unknown kind 'lroa' (did you mean lora?); known kinds: lora, dora, ia3"),
-        ({"steps": [{"at": "a"}]}, "steps[0].kind: missing; known kinds: lora, dora, ia3"),
+         "steps[0].kind: unknown kind 'lroa' (did you mean lora?); known kinds: lora, dora, ia3, tversky"),
+        ({"steps": [{"at": "a"}]}, "steps[0].kind: missing; known kinds: lora, dora, ia3, tversky"),
         ({"steps": [4]}, "steps[0]: must be a table of keys and values, got 4"),
         ({"steps": [{"kind": "dora", "at": "a", "rank": 1, "alpha": math.nan}]},
          "steps[0].alpha: must be a finite number, got nan"),
@@ -532,7 +532,7 @@ def test_schema_describes_every_key() -> None:
         for name, key in record["properties"].items():
             assert key.get("description"), f"{record['title']}.{name} has no description"
     discriminator = schema["properties"]["steps"]["items"]["discriminator"]
-    assert set(discriminator["mapping"]) == {"lora", "dora", "ia3"}
+    assert set(discriminator["mapping"]) == {step.model_fields["kind"].default for step in STEPS}
     assert schema["$defs"]["LoRA"]["properties"]["rank"]["minimum"] == 1
 
 

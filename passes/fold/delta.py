@@ -16,7 +16,7 @@ from fxfreeze.plan import IA3, DoRA, LoRA
 from fxfreeze.program import Fold, Origin, Program
 from fxfreeze.rewrite import Context, NoMatch, Outcome, Pass, fail
 
-from .._adapters import BASE, DeltaStep, changed, describe, split_name
+from .._adapters import BASE, DELTA, DeltaStep, changed, describe, split_name
 from .._operators import WeightOperator, apply, weight_operator
 
 MAX_LOSS = 0.5
@@ -53,7 +53,7 @@ class FoldDelta(Pass):
         groups: dict[str, dict[int, list[Node]]] = {}
         for node in program.graph.nodes:
             origin = node.meta.get("fxfreeze")
-            if node.op == "call_function" and isinstance(origin, Origin):
+            if node.op == "call_function" and isinstance(origin, Origin) and origin.primitive in (BASE, DELTA):
                 groups.setdefault(origin.site, {}).setdefault(origin.call, []).append(node)
         return sum(self._fold(program, ctx, path, list(calls.values())) for path, calls in groups.items())
 

@@ -11,8 +11,8 @@ from torch.nn.functional import normalize as unit
 from fxfreeze.inline import inline
 from fxfreeze.kernels._tversky import Combination, combination, similarity, working_dtype
 from fxfreeze.kernels.tversky import KERNEL
-from fxfreeze.program import Program
-from fxfreeze.rewrite import Context, NodeRewrite, NoMatch, fail
+from fxfreeze.program import Origin, Program
+from fxfreeze.rewrite import Context, NodeRewrite, NoMatch, Outcome, fail
 
 from .._operators import arguments
 from ._tversky import FrozenTerms, Prototypes, single_product
@@ -40,10 +40,7 @@ class FoldTversky(NodeRewrite):
         known = len(ctx.near_misses)
         count = super().run(program, ctx)
         for miss in ctx.near_misses[known:]:
-            ctx.ledger.add(
-                site=program.module_path(miss.node), step="", requested=_describe(_combination(miss.node)),
-                outcome="skipped", executes=str(KERNEL.op), detail=miss.reason,
-            )  # fmt: skip
+            _report(program, ctx, miss.node, "skipped", executes=str(KERNEL.op), detail=miss.reason)
         return count
 
     def rewrite(self, program: Program, node: Node, ctx: Context) -> bool | NoMatch:
@@ -62,19 +59,17 @@ class FoldTversky(NodeRewrite):
         limit = _FREE + GROWTH * sum(program.state.tensor(str(given[name].target)).nbytes for name in names[:2])
         if size > limit:
             return fail(f"its tables would take {size / 2**20:.1f} MiB, the limit is {limit / 2**20:.1f}", node)
-        constants = {name: program.add_constant(f"{_path(program, node)}.{name}", value, dtype=dtype, before=node,
-                                                like=node) for name, value in tables.items()}  # fmt: skip
-        if single is None:
-            result = _products(program, node, how, constants)
-        else:
-            result = _product(program, node, how, constants)
-        program.replace(node, result)
-        ctx.ledger.add(
-            site=program.module_path(node), step="", requested=_describe(how), outcome="rewritten",
+        _report(
+            program, ctx, node, "rewritten",
             executes=f"{'one matrix product' if single else 'matrix products'} with "
                      + ", ".join(f"{name} {list(value.shape)}" for name, value in tables.items() if value.dim() == 2),
-            detail=f"{size / 2**20:.1f} MiB of tables, once per model instead of once per call",
+            detail=f"{size / 2**20:.1f} MiB of tables, made once instead of in every call",
         )  # fmt: skip
+        node.meta.pop("fxfreeze", None)  # what takes its place is no step's any more
+        constants = {name: program.add_constant(f"{_path(program, node)}.{name}", value, dtype=dtype, before=node,
+                                                like=node) for name, value in tables.items()}  # fmt: skip
+        build = _products if single is None else _product
+        program.replace(node, build(program, node, how, constants))
         return True
 
 
@@ -88,7 +83,7 @@ def _product(program: Program, node: Node, how: Combination, constants: dict[str
         parts = [present, has]
         if table.shape[1] > 2 * a.shape[-1]:
             parts.append(present.sqrt())
-        return linear(torch.cat(parts, -1), table, bias).to(x.dtype)
+        return _cast(linear(torch.cat(parts, -1), table, bias), x.dtype)
 
     operands = given["x"], given["features"], constants["table"], constants["bias"]
     return inline(program, function, *operands, before=node, like=node)
@@ -100,7 +95,8 @@ def _products(program: Program, node: Node, how: Combination, constants: dict[st
     def function(x: Tensor, features: Tensor, theta: Tensor, alpha: Tensor, beta: Tensor, *tables: Tensor) -> Tensor:
         a = _project(x, features, given["normalize"])
         terms = FrozenTerms(a, how.threshold, dict(zip(names, tables, strict=True)))
-        return similarity(how, terms, *(weight.to(a.dtype) for weight in (theta, alpha, beta))).to(x.dtype)
+        scores = similarity(how, terms, *(_cast(weight, a.dtype) for weight in (theta, alpha, beta)))
+        return _cast(scores, x.dtype)
 
     weights = (given[name] for name in ("x", "features", "theta", "alpha", "beta"))
     return inline(program, function, *weights, *constants.values(), before=node, like=node)
@@ -108,8 +104,13 @@ def _products(program: Program, node: Node, how: Combination, constants: dict[st
 
 def _project(x: Tensor, features: Tensor, normalize: bool) -> Tensor:
     dtype = working_dtype(x)
-    x = x.to(dtype)
-    return linear(unit(x, dim=-1) if normalize else x, features.to(dtype))
+    x = _cast(x, dtype)
+    return linear(unit(x, dim=-1) if normalize else x, _cast(features, dtype))
+
+
+def _cast(value: Tensor, dtype: torch.dtype) -> Tensor:
+    """Traced, a cast to the dtype it has would be an operator between those that other passes look at."""
+    return value if value.dtype == dtype else value.to(dtype)
 
 
 def _combination(node: Node) -> Combination:
@@ -117,8 +118,13 @@ def _combination(node: Node) -> Combination:
     return combination(*(given[key] for key in ("model", "intersection", "difference", "semantics", "threshold")))
 
 
-def _describe(how: Combination) -> str:
-    return f"Tversky {how.model}, {how.intersection}, {how.difference}, {how.semantics}"
+def _report(program: Program, ctx: Context, node: Node, outcome: Outcome, *, executes: str, detail: str) -> None:
+    how, origin = _combination(node), node.meta.get("fxfreeze")
+    step, site = (origin.step, origin.site) if isinstance(origin, Origin) else ("", program.module_path(node))
+    ctx.ledger.add(
+        site=site, step=step, requested=f"Tversky {how.model}, {how.intersection}, {how.difference}, {how.semantics}",
+        outcome=outcome, executes=executes, detail=detail,
+    )  # fmt: skip
 
 
 def _path(program: Program, node: Node) -> str:
