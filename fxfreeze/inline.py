@@ -27,9 +27,12 @@ def inline(program: Program, function: Callable[..., torch.Tensor], *operands: N
     """
     from torch.fx.experimental.proxy_tensor import make_fx
 
+    def body(*values: torch.Tensor) -> torch.Tensor:  # make_fx counts defaults as operands
+        return function(*values)
+
     try:
         with torch.no_grad():
-            traced = make_fx(function, tracing_mode="fake", pre_dispatch=True)(*(item.meta["val"] for item in operands))
+            traced = make_fx(body, tracing_mode="fake", pre_dispatch=True)(*(item.meta["val"] for item in operands))
     except Exception as error:
         raise PassError(
             f"{getattr(function, '__name__', function)} cannot be traced: {first_line(error)}",

@@ -9,6 +9,7 @@ from fxfreeze.rewrite import Pass
 
 from .adapt.delta import InsertDelta
 from .adapt.tversky import InsertTversky
+from .clean.attention import FourDimAttention
 from .clean.common import CommonSubexpressions
 from .clean.constants import FoldConstants, FoldLateConstants
 from .clean.noops import StripNoOps
@@ -25,6 +26,7 @@ PIPELINE: tuple[Pass, ...] = (
     StripNoOps(),
     CommonSubexpressions(),
     FoldConstants(),
+    FourDimAttention(),
     # adapt: put the plan's adapters in
     InsertTversky(),
     InsertDelta(),
