@@ -99,10 +99,11 @@ class _Tversky(nn.Module):
     def _similarity(self, x: Tensor, prototypes: Tensor) -> Tensor:
         if x.dim() == 0 or x.shape[-1] != self.in_features:
             raise ValueError(f"{type(self).__name__}: x has shape {list(x.shape)}, not [..., {self.in_features}]")
-        if not torch.is_autocast_enabled(x.device.type):
+        kind = x.device.type
+        if not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
             return self._call(x, prototypes)
         # Presence is a comparison: in half precision, features near the threshold would come and go.
-        with torch.autocast(x.device.type, enabled=False):
+        with torch.autocast(kind, enabled=False):
             dtype = self.features.dtype
             return self._call(x.to(dtype), prototypes.to(dtype))
 
@@ -358,6 +359,7 @@ class TverskyProjection(_Tversky):
                 parameter.fill_(value)
             if layer.bias is not None:
                 layer.bias.copy_(linear.bias)
+        layer._given.clear()
         return layer
 
 

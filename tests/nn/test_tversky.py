@@ -103,7 +103,9 @@ def test_dtypes(dtype, init):
     layer = TverskyProjection(6, 4, 9, init=init, bias=True, dtype=dtype)
     assert {weight.dtype for weight in layer.parameters()} == {dtype}
     assert layer(torch.randn(5, 6, dtype=dtype)).dtype == dtype
-    assert TverskyProjection(6, 4, 9, init=init, device="meta").features.is_meta
+    layer = TverskyProjection(6, 4, 9, init=init, device="meta")
+    assert {weight.device.type for weight in layer.parameters()} == {"meta"}
+    assert layer(torch.empty(5, 6, device="meta")).shape == (5, 4)
 
 
 def test_repr_says_which_similarity():
@@ -313,7 +315,9 @@ def test_gradients_are_finite_where_things_are_empty(kind):
 @pytest.mark.parametrize("kind", KINDS, ids="-".join)
 def test_gradcheck_away_from_kinks(kind):
     for normalize in (False, True):
-        layer = seeded(3, lambda n=normalize: TverskyProjection(3, 3, 5, **named(kind), normalize=n, bias=True).double())
+        layer = seeded(
+            3, lambda n=normalize: TverskyProjection(3, 3, 5, **named(kind), normalize=n, bias=True).double()
+        )
         x = torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
         names = [name for name, weight in layer.named_parameters() if weight.requires_grad]
 
@@ -333,8 +337,8 @@ def test_gradcheck_away_from_kinks(kind):
 def of_package(name, model, intersection, difference, normalize):
     theirs = pytest.importorskip("tversky.nn", reason="compares with the package tversky")
     counts = {"class_count": 4} if name == "TverskyProjection" else {}
-    module = getattr(theirs, name)(6, fbank_size=9, similarity_model=model, normalize=normalize,
-                                   intersection_reduction=intersection, difference_reduction=difference, **counts)  # fmt: skip
+    how = {"similarity_model": model, "intersection_reduction": intersection, "difference_reduction": difference}
+    module = getattr(theirs, name)(6, fbank_size=9, normalize=normalize, **how, **counts)
     with torch.no_grad():
         for weight in module.parameters():
             if weight.dim():
@@ -398,7 +402,7 @@ def test_from_package_refuses_what_it_does_not_understand():
 
 @pytest.fixture(scope="module")
 def trained(digits):
-    """A linear classifier of standardised digits (inputs of both signs), one of raw ones (≥ 0), and their test inputs."""
+    """Linear classifiers of standardised digits (inputs of both signs) and of raw ones (≥ 0), with train and test x."""
     x, labels, test, _ = digits
     mean, deviation = x.mean(0), x.std(0) + 0.01
     found = {}
@@ -427,12 +431,207 @@ def test_from_linear_is_exact_for_inputs_of_one_sign(trained):
     linear.float()
 
 
-# Measured top-1 agreement on the 450 test digits; a bound is about two standard deviations of a proportion below.
+# Measured top-1 agreement on the 450 test digits: .991, .993, .991, .973 and .987. Other seeds of the linear layer
+# move it by up to .013. The product term alone reaches .967 (signed, default features), random starts .2 at most.
 @pytest.mark.parametrize(
-    ("data", "features", "sampled", "bound"), [("signed", 18, True, 0), ("signed", None, False, 0)]
+    ("data", "features", "sampled", "bound"),
+    [
+        ("signed", 18, False, 0.975),
+        ("signed", None, False, 0.975),
+        ("signed", None, True, 0.975),
+        ("raw", 18, False, 0.95),
+        ("raw", None, True, 0.97),
+    ],
 )
 def test_from_linear_ranks_as_the_linear_layer(trained, data, features, sampled, bound):
     linear, train, test = trained[data]
     layer = TverskyProjection.from_linear(linear, features, inputs=train if sampled else None)
-    print(data, features, sampled, agreement(layer, linear, test))
+    assert layer.num_features == (features or 128)
     assert agreement(layer, linear, test) > bound
+    assert torch.equal(layer.bias, linear.bias)
+    random = seeded(0, lambda: TverskyProjection(64, 10, layer.num_features))
+    assert agreement(random, linear, test) < 0.3
+
+
+def test_from_linear_keeps_the_softmax_near(trained):
+    """Mean total variation between the two distributions, standardised test digits. Measured: .016, from random .87."""
+    linear, train, test = trained["signed"]
+    random = seeded(0, lambda: TverskyProjection(64, 10, 128))
+
+    def distance(layer):
+        with torch.no_grad():
+            return (layer(test).softmax(1) - linear(test).softmax(1)).abs().sum(1).mean() / 2
+
+    assert distance(TverskyProjection.from_linear(linear, inputs=train)) < 0.025
+    assert distance(random) > 0.5
+
+
+def test_from_linear_fits_all_three_weights(trained):
+    linear, train, _ = trained["signed"]
+    layer = TverskyProjection.from_linear(linear.double(), 64, inputs=train)
+    x, wanted = train.double(), train.double() @ linear.weight.T
+    linear.float()
+
+    def error():
+        gap = layer(x) - layer.bias - wanted
+        return (gap - gap.mean(1, keepdim=True)).square().mean()
+
+    least = error()
+    for weight in (layer.theta, layer.alpha, layer.beta):
+        value = weight.item()
+        assert value > 0
+        for factor in (0.95, 1.05):
+            weight.data.fill_(value * factor)
+            assert error() > least
+        weight.data.fill_(value)
+
+
+@pytest.mark.parametrize("features", [6, 18, 40])
+def test_from_linear_s_bank_is_a_tight_frame_of_pairs(features):
+    linear = seeded(0, lambda: nn.Linear(12, 10, bias=False).double())
+    layer = TverskyProjection.from_linear(linear, features)
+    pairs = layer.features.detach()[: features // 2]
+    assert torch.equal(layer.features[features // 2 :], -pairs)
+    rows = layer.prototypes.detach()
+    assert torch.allclose(rows.mean(0), torch.zeros(12, dtype=torch.float64))
+    if features < 18:  # fewer pairs than the rank: the strongest directions
+        assert torch.allclose(pairs @ pairs.T, torch.eye(3, dtype=torch.float64))
+        rows = rows @ pairs.T @ pairs
+    scale = max(1, features / 18)
+    assert torch.allclose(rows @ pairs.T @ pairs, scale * rows)
+    assert layer.bias is None
+
+
+def test_from_linear_leaves_its_surroundings_alone(trained):
+    linear, _, test = trained["signed"]
+    before, state = copy.deepcopy(linear.state_dict()), torch.random.get_rng_state()
+    layer = TverskyProjection.from_linear(linear)
+    again = TverskyProjection.from_linear(linear)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert all(torch.equal(value, again.state_dict()[name]) for name, value in layer.state_dict().items())
+    layer.reset_parameters()
+    assert not torch.equal(layer.features, again.features) and not layer.bias.any()
+    assert all(torch.equal(value, before[name]) for name, value in linear.state_dict().items())
+    half = TverskyProjection.from_linear(copy.deepcopy(linear).bfloat16())
+    assert {weight.dtype for weight in half.parameters()} == {torch.bfloat16}
+    assert agreement(half.float(), linear, test) > 0.95
+
+
+def test_from_linear_never_turns_a_difference_into_a_merit():
+    """The fit alone would make one of the weights negative here."""
+    linear = nn.Linear(2, 3, bias=False)
+    linear.weight.data = torch.tensor([[1.0, 0.0], [0.5, 0.0], [-0.2, 0.1]])
+    for scale in (0.01, 1, 100):
+        layer = TverskyProjection.from_linear(linear, 2, inputs=scale * torch.tensor([[3.0, 1.0], [-1.0, 2.0]]))
+        assert min(layer.theta, layer.alpha, layer.beta) >= 0
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda f: f(nn.Conv2d(3, 3, 1)), TypeError, "takes an nn.Linear, not a Conv2d"),
+        (lambda f: f(nn.Linear(6, 1)), ValueError, "all rows of the weight are equal"),
+        (lambda f: f(nn.Linear(6, 4), 7), ValueError, "features is 7, not an even number"),
+        (lambda f: f(nn.Linear(6, 4), 8, nonnegative=True), ValueError, "nonnegative makes 6 features, not 8"),
+        (lambda f: f(nn.Linear(6, 4), inputs=torch.ones(3, 5)), ValueError, r"shape \[3, 5\], not \[..., 6\]"),
+        (lambda f: f(nn.Linear(6, 4), inputs=torch.ones(0, 6)), ValueError, "with a row or more"),
+        (lambda f: f(nn.Linear(6, 4), inputs=-torch.ones(3, 6), nonnegative=True), ValueError, "values below 0"),
+    ],
+)
+def test_from_linear_refuses(make, error, message):
+    with pytest.raises(error, match=message):
+        make(TverskyProjection.from_linear)
+
+
+# ---- training
+
+
+def train(model, x, labels, *, epochs, seed=0):
+    optimiser = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(epochs):
+        for rows in torch.randperm(len(x), generator=generator).split(64):
+            optimiser.zero_grad()
+            F.cross_entropy(model(x[rows]), labels[rows]).backward()
+            optimiser.step()
+    return model
+
+
+# Measured on the 450 test digits after 10 epochs, five seeds. With the head frozen at its start: .911 to .918.
+@pytest.mark.parametrize(
+    ("options", "bound"),
+    [
+        ({}, 0.935),  # .953 to .956
+        (PER_FEATURE, 0.935),  # .953 to .967
+    ],
+    ids=["product-ignorematch", "min-subtractmatch-per_feature"],
+)
+def test_a_network_with_a_tversky_head_learns_the_digits(digits, options, bound):
+    x, labels, test, answers = digits
+    model = seeded(
+        0, lambda: nn.Sequential(nn.Linear(64, 32), nn.LayerNorm(32), TverskyProjection(32, 10, 64, **options))
+    )
+    start = copy.deepcopy(model.state_dict())
+    train(model, x, labels, epochs=10)
+    accuracy = (model(test).argmax(1) == answers).double().mean().item()
+    print(accuracy)
+    assert accuracy > bound
+    assert not any(torch.equal(value, start[name]) for name, value in model.state_dict().items())
+
+
+# ---- what a compiler sees
+
+
+def network(**options):
+    return nn.Sequential(nn.Linear(8, 16), nn.ReLU(), TverskyProjection(16, 5, 24, **options)).eval()
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("options", [{}, {**PER_FEATURE, "normalize": True}], ids=["aggregate", "per_feature"])
+def test_export_sees_one_operator(options, strict):
+    """Although the weights ask for gradients, and with a batch size that stays open."""
+    model = seeded(0, lambda: network(**options))
+    dynamic = ({0: torch.export.Dim("batch")},)
+    exported = torch.export.export(model, (torch.randn(3, 8),), dynamic_shapes=dynamic, strict=strict)
+    for program in (exported, exported.run_decompositions({})):
+        targets = [node.target for node in program.graph.nodes if node.op == "call_function"]
+        assert targets[-1] is torch.ops.fxfreeze.tversky.default and len(targets) == 3
+        x = torch.randn(7, 8)
+        assert torch.allclose(program.module()(x), model(x), atol=1e-6)
+
+
+@pytest.mark.parametrize("options", [{}, {**PER_FEATURE, "normalize": True}], ids=["aggregate", "per_feature"])
+def test_compiled_end_to_end(options):
+    """A LoRA below the head is folded, which is proven in float64 through the head; ONNX Runtime runs the result."""
+    pytest.importorskip("onnxruntime", reason="the onnx target")
+    model = seeded(0, lambda: network(**options))
+    plan = fz.Plan(inputs=[fz.Input("x", shape=("batch", 8))], steps=[fz.LoRA(at="0", rank=2)], targets=["onnx"])
+    net = fz.adapt(model, plan)
+    with torch.no_grad():
+        for weight in net.parameters():
+            if weight.requires_grad:
+                weight.normal_()
+    artifact = fz.compile(net, plan)
+    x = torch.randn(9, 8)
+    assert (net(x) - model(x)).abs().max() > 0.01
+    assert torch.allclose(artifact(x), net(x), atol=1e-5)
+    (fold,) = [row for row in artifact.manifest["passes"] if row["name"] == "fold-delta"]
+    assert fold["rewrites"] == 1 and fold["error"] < 1e-10
+    assert all(row["ok"] for row in artifact.manifest["parity"])
+
+
+def test_ties_compile():
+    pytest.importorskip("onnxruntime", reason="the onnx target")
+    model = seeded(0, Tied).eval()
+    plan = fz.Plan(inputs=[fz.Input("tokens", ("batch", 3), "int64", low=0, high=10)], targets=["onnx"])
+    tokens = torch.randint(11, (4, 3))
+    assert torch.allclose(fz.compile(model, plan)(tokens), model(tokens), atol=1e-5)
+    assert_tied(model)
+
+
+def test_importing_fxfreeze_imports_no_layers_and_no_triton():
+    code = (
+        "import sys, fxfreeze; assert 'fxfreeze.nn' not in sys.modules; "
+        "import fxfreeze.nn; assert not {'triton', 'tversky', 'sklearn'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
