@@ -24,6 +24,8 @@ _tversky = KERNEL.op
 class _Tversky(nn.Module):
     """The bank, θ, α and β: what both layers have. See :class:`TverskyProjection` for the arguments."""
 
+    features: nn.Parameter
+
     def __init__(
         self,
         in_features: int,
@@ -54,13 +56,11 @@ class _Tversky(nn.Module):
         self.alpha = nn.Parameter(self.features.new_empty(()))
         self.beta = nn.Parameter(self.features.new_empty(()))
 
-    features: nn.Parameter
-
     def _add_weight(self, name: str, value: Any, device: torch.device | str | None, dtype: torch.dtype | None) -> None:
         """Make `value` the parameter `name` [rows, in_features]: tied, copied, or empty; only the last is reset."""
         layer, width = type(self).__name__, self.in_features
         if isinstance(value, (nn.Embedding, _Tversky)):
-            value = value.weight if isinstance(value, nn.Embedding) else getattr(value, name, None)
+            value = value.weight if isinstance(value, nn.Embedding) else getattr(value, name, value)
         if not isinstance(value, Tensor):
             rows = _count(layer, name, value)
             setattr(self, name, nn.Parameter(torch.empty(rows, width, device=device, dtype=dtype)))
@@ -70,7 +70,7 @@ class _Tversky(nn.Module):
             raise ValueError(f"{layer}: {name} is {shape}, not floating of [1 or more, in_features = {width}]")
         if not isinstance(value, nn.Parameter):
             value = nn.Parameter(value.detach().to(device=device, dtype=dtype, copy=True))
-        elif dtype not in (None, value.dtype) or (device is not None and torch.device(device) != value.device):
+        elif dtype not in (None, value.dtype) or not _same_device(device, value.device):
             asked = " ".join(str(option) for option in (dtype, device) if option is not None)
             raise ValueError(
                 f"{layer}: {name} is a parameter of another module, {value.dtype} on {value.device}, and cannot be "
@@ -202,15 +202,15 @@ class TverskyProjection(_Tversky):
     Source: arXiv 2506.11035, equations 2 to 6, and the package's ``tversky.nn.TverskyProjection``.
 
     Learnt are `features` Ω [K, d], `prototypes` Π [P, d], and 0-d `theta`, `alpha` and `beta`. Nothing holds α and β
-    above 0; in the ratio model negative ones may reach a zero of the denominator. Ratio scores lie below 1: as logits
-    of a softmax they need a factor, 10 say, or training is slow and α and β drift below 0.
+    above 0; in the ratio model negative ones may reach a zero of the denominator. Ratio scores lie below 1, so as
+    logits they need a factor: on digits a head learns as well as a contrast one with 10, and badly with 1.
 
     Initialisations (`init`). At the start a bank should tell inputs apart: a feature that everything has is useless.
       "orthogonal" (default): orthogonal features and normal prototypes. Both are symmetric about 0, so any one vector
           has half of the features and a pair shares a quarter; no two features repeat each other, nor does the bank
           favour a direction. Measures are near 1 for inputs of unit root mean square (or any, with `normalize`).
-          Contrast starts at θ = 1/√(K + K²/d) and α = β = θ/2, at which the scores of an input spread by about ½
-          over the prototypes, whatever K and d are, as those of a fresh nn.Linear do.
+          Contrast starts at θ = 1/√(K + K²/d) and α = β = θ/2, at which an input's scores (product, ignorematch)
+          spread by about ½ over the prototypes whatever K and d are, as those of a fresh nn.Linear do.
       "normal": the same with independent normal features, for banks too large for a QR decomposition. On digits the
           two reach the same accuracy.
       "uniform": the package's: everything uniform in (0, 1), θ = 1, α = β = ½. Every prototype has every feature, and
@@ -397,6 +397,13 @@ def _count(layer: str, name: str, value: Any) -> int:
     if value < 1:
         raise ValueError(f"{layer}: {name} is {value}, not 1 or more")
     return value
+
+
+def _same_device(asked: torch.device | str | None, found: torch.device) -> bool:
+    if asked is None:
+        return True
+    asked = torch.device(asked)
+    return asked.type == found.type and asked.index in (None, found.index)
 
 
 def _place(value: Any) -> tuple[torch.device | None, torch.dtype | None]:
