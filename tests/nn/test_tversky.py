@@ -293,6 +293,18 @@ def test_class_means():
         class_means(x, torch.tensor([0, 1]), 2)
 
 
+@torch.no_grad()
+def test_class_means_classify_digits_before_any_training(digits):
+    """Measured over five seeds of the bank, standardised digits: .83 to .86; with normal prototypes .05 to .14."""
+    x, labels, test, answers = digits
+    mean, deviation = x.mean(0), x.std(0) + 0.01
+    prototypes = class_means((x - mean) / deviation, labels, 10)
+    informed = seeded(0, lambda: TverskyProjection(64, prototypes, 128))
+    random = seeded(0, lambda: TverskyProjection(64, 10, 128))
+    right = [(layer((test - mean) / deviation).argmax(1) == answers).double().mean() for layer in (informed, random)]
+    assert right[0] > 0.8 and right[1] < 0.3
+
+
 # ---- gradients
 
 
