@@ -474,13 +474,16 @@ def _fit(inputs: Tensor | None, bank: Tensor, prototypes: Tensor) -> tuple[float
 
     kind = {"model": "contrast", "intersection": "product", "difference": "ignorematch", "semantics": "aggregate"}
     columns = [centred(KERNEL.reference(inputs, bank, prototypes, *unit, **kind)) for unit in torch.eye(3).double()]
-    system, wanted = torch.stack(columns, 1), centred(inputs @ prototypes.T)
-    kept, fitted = [0, 1, 2], torch.zeros(3, dtype=torch.float64)
-    while kept:
-        found = torch.linalg.lstsq(system[:, kept], wanted.unsqueeze(1), driver="gelsd").solution[:, 0]
-        if (found >= 0).all():
-            fitted[kept] = found
-            break
-        kept.pop(int(found.argmin()))
-    theta, alpha, beta = fitted.tolist()
+    # The triangle has the same least squares as the long columns. The best fit with no weight below 0 is the best plain
+    # fit of those weights that it leaves above 0.
+    triangle = torch.linalg.qr(torch.stack([*columns, centred(inputs @ prototypes.T)], 1), mode="r").R
+    system, wanted = triangle[:, :3], triangle[:, 3]
+    least, best = wanted.norm(), torch.zeros(3, dtype=torch.float64)
+    for kept in ([0], [1], [2], [0, 1], [0, 2], [1, 2], [0, 1, 2]):
+        fitted = torch.zeros(3, dtype=torch.float64)
+        fitted[kept] = torch.linalg.lstsq(system[:, kept], wanted.unsqueeze(1), driver="gelsd").solution[:, 0]
+        error = (system @ fitted - wanted).norm()
+        if (fitted >= 0).all() and error < least:
+            least, best = error, fitted
+    theta, alpha, beta = best.tolist()
     return theta, alpha, beta
