@@ -3,7 +3,8 @@
     python -m benchmarks.architectures [--only PATTERN] [--targets onnx,aoti] [--out FILE]
 
 Every model runs in a process of its own, with a time limit, and gives one JSON line: what happened and how long it
-took. Batch (and sequence length, for token models) are symbolic. Nothing in fxfreeze knows these names.
+took, with which versions. Lines of a file are replaced by name, so that a survey can be taken in parts. Batch (and
+sequence length, for token models) are symbolic. Nothing in fxfreeze knows these names.
 """
 
 from __future__ import annotations
@@ -11,11 +12,13 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing as mp
+import shlex
 import sys
 import time
 import tomllib
 import traceback
 from collections.abc import Callable
+from dataclasses import asdict
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -129,38 +132,47 @@ def run_one(name: str, targets: tuple[str, ...], verify: str, limit: float) -> d
     child.start()
     send.close()
     try:
-        row = receive.recv() if receive.poll(limit) else {"name": name, "ok": False, "error": f"took over {limit} s"}
+        row = receive.recv() if receive.poll(limit) else {"error": f"took over {limit} s"}
     except EOFError:
-        row = {"name": name, "ok": False, "error": "the process died"}
+        row = {"error": "the process died"}
+    row = {"name": name, "ok": False, "targets": list(targets), **row}
     child.kill()
     child.join()
     return row
 
 
+def write(file: Path, row: dict[str, Any]) -> None:
+    """Put `row` in the place of the line of its name, or at the end."""
+    lines = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    rows = {line["name"]: line for line in lines} | {row["name"]: row}
+    partial = file.with_name(file.name + ".partial")
+    partial.write_text("".join(json.dumps(line) + "\n" for line in rows.values()))
+    partial.replace(file)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="*", help="glob over names such as timm/vit*")
+    parser.add_argument("--only", default="*", help="globs over names, comma-separated, such as timm/vit*")
     parser.add_argument("--targets", default="", help="comma-separated: torch,aoti,onnx; none by default")
     parser.add_argument("--verify", default="full", choices=["full", "sampled", "off"])
     parser.add_argument("--limit", type=float, default=600, help="seconds per model")
     parser.add_argument("--out", type=Path, help="write JSON lines here")
     options = parser.parse_args()
+    from .harness import record
+
+    shared = asdict(record.environment("architectures", quick=False, seed=0, command=shlex.join(sys.argv[1:])))
     targets = tuple(filter(None, options.targets.split(",")))
     chosen = [name for name in names() if any(fnmatchcase(name, glob) for glob in options.only.split(","))]
-    rows = []
+    good = 0
     for name in chosen:
         row = run_one(name, targets, options.verify, options.limit)
-        rows.append(row)
-        print(
-            f"{'ok  ' if row['ok'] else 'FAIL'} {name} {row.get('seconds', '')} {row.get('error', '')}"[:600],
-            flush=True,
-        )
+        good += row["ok"]
+        said = f"{'ok  ' if row['ok'] else 'FAIL'} {name} {row.get('seconds', '')} {row.get('error', '')}"
+        print(said[:600], flush=True)
         if options.out:
-            with options.out.open("a") as file:
-                file.write(json.dumps(row) + "\n")
-    good = sum(row["ok"] for row in rows)
-    print(f"{good} of {len(rows)} architectures compiled with targets {list(targets)} and verify={options.verify!r}")
-    return 0 if good == len(rows) else 1
+            write(options.out, {**row, "verify": options.verify, **shared})
+    print(f"{good} of {len(chosen)} architectures compiled with targets {list(targets)} and verify={options.verify!r}")
+    return 0 if good == len(chosen) else 1
 
 
 if __name__ == "__main__":
