@@ -4,13 +4,13 @@ A kernel file ends with ``KERNEL = register(Kernel(...))``. Nothing else names i
 
 What runs when the operator is called:
 
-============================  ========================================================================
-fake tensors, export          `fake`
-CUDA, HIP                     `launch` where `supports` says so, else as on any other device
-any other device              `eager` where the file has one, else `reference`
-where a gradient is asked     the same, above autograd: it and torch.compile see plain operators
-ONNX, AOTInductor             `reference` takes the operator's place in the graph
-============================  ========================================================================
+=================================  ===============================================================================
+fake tensors, export               `fake`
+ONNX and AOTInductor               `reference`, in the operator's place in the graph
+CUDA and HIP                       `launch` where `supports` says so, else as on other devices
+other devices                      `eager` where the file has one, else `reference`
+any device, a gradient is wanted   `eager` or `reference`, so that autograd and torch.compile see plain operators
+=================================  ===============================================================================
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ for the measures with absent features set to 0, and 1ᵃ, 1ᵇ for presence:
 ==============  ======================  ==========================
 
 All but the last two are matrix products. Source: Doumbouya, Jurafsky and Manning, "Tversky Neural Networks", arXiv
-2506.11035, equations 2 to 6; the package `tversky` on PyPI, whose reductions act on sums (`aggregate`).
+2506.11035, equations 3 to 5 for the reductions; the package `tversky` on PyPI, where they act on sums (`aggregate`).
 """
 
 from __future__ import annotations

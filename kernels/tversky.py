@@ -48,8 +48,11 @@ def reference(
 ) -> Tensor:
     """Tversky similarity of `x` to each of `prototypes`.
 
-    A feature ω of the bank is present in a vector v where v·ω exceeds `threshold`. Where a gradient is asked for, this
-    function's operators are differentiated; the gradient is finite wherever the value is (gmean's root at 0 counts 0).
+    A feature ω of the bank is present in a vector v where v·ω exceeds `threshold`. Presence is decided in float32 or
+    better; on a GPU that takes matrix products without TF32 (torch's default).
+
+    The operator is trained through this function: where a gradient is wanted, autograd records these plain operators,
+    and nothing is computed again in the backward. gmean's root has gradient 0 at 0, so that no gradient is NaN.
 
     Args:
         x: objects [..., d] in float16, bfloat16, float32 or float64.
@@ -58,7 +61,7 @@ def reference(
         theta: weight of what both have, 0-d, any float dtype; the ratio model has no use for it.
         alpha: weight of what only the object has, 0-d, any float dtype.
         beta: weight of what only the prototype has, 0-d, any float dtype.
-        model: "contrast" or "ratio" (equations 2 and 6 of the paper; ratio as in the package, with + 1 below).
+        model: "contrast" or "ratio", the latter as in the package with 1 added to the denominator.
         intersection: "product", "min", "max", "mean", "gmean" or "softmin".
         difference: "ignorematch" or "subtractmatch" (or, as the package spells it, "substractmatch").
         semantics: "aggregate": reductions other than product act on the sums over all features, as in the package;
