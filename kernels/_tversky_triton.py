@@ -137,7 +137,7 @@ def active_kernel(a_ptr, list_ptr, count_ptr, threshold, N, K, stride_an, NB: tl
         k = start + block
         a = tl.load(a_ptr + n[:, None] * stride_an + k[None, :], mask=(n[:, None] < N) & (k[None, :] < K), other=0.0)
         # Not "above": a NaN is to be read, and to show.
-        active = tl.max(((a > threshold) | (a != a)).to(tl.int32), 0)
+        active = tl.max(((a > threshold) | (a != a)).to(tl.int32), 0) * (k < K).to(tl.int32)
         tl.store(list_ptr + count + tl.cumsum(active, 0) - active, k, mask=active != 0)
         count += tl.sum(active, 0)
     tl.store(count_ptr, count)
@@ -216,7 +216,13 @@ _rows = {count: tuned(rows_kernel, configs, key=("P", *_HOW)) for count, configs
 
 
 def flags(how: Combination) -> dict[str, object]:
-    """The constants of both kernels: what the combination is, and which terms it has."""
+    """The constants of both kernels: what the combination is, and which terms it has.
+
+    Raises:
+        ValueError: a negative threshold, above which the zeros that stand for absent features would be present.
+    """
+    if how.threshold < 0:
+        raise ValueError(f"tversky: threshold {how.threshold} is below 0, which the Triton kernels do not serve")
     return {
         "MODEL": how.model, "INTERSECTION": how.intersection, "DIFFERENCE": how.difference,
         "SEMANTICS": how.semantics,
@@ -250,6 +256,9 @@ def tiled(
 
     Returns:
         [N, P], `dtype`.
+
+    Raises:
+        ValueError: a negative threshold.
     """
     (rows, depth), columns = a.shape, b.shape[1]
     s = torch.empty(rows, columns, device=a.device, dtype=dtype)
@@ -295,9 +304,12 @@ def rows(
 
     Returns:
         [N, P], `dtype`.
+
+    Raises:
+        ValueError: a negative threshold.
     """
     (count, depth), columns = a.shape, b.shape[1]
-    s = torch.empty(count, columns, device=a.device, dtype=dtype)
+    s, constants = torch.empty(count, columns, device=a.device, dtype=dtype), flags(how)
     if s.numel():
         padded = triton.next_power_of_2(count)
         active = torch.empty(depth, device=a.device, dtype=torch.int32)
@@ -309,6 +321,6 @@ def rows(
             lambda meta: (triton.cdiv(columns, meta["BP"]),),
             a_ptr=a, b_ptr=b, total_ptr=total_b, list_ptr=active, count_ptr=size,
             theta_ptr=theta, alpha_ptr=alpha, beta_ptr=beta, s_ptr=s, threshold=how.threshold, N=count, P=columns,
-            stride_an=a.stride(0), stride_bk=b.stride(0), NB=padded, **flags(how),
+            stride_an=a.stride(0), stride_bk=b.stride(0), NB=padded, **constants,
         )  # fmt: skip
     return s

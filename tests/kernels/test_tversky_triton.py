@@ -118,9 +118,16 @@ def test_presence_is_decided_before_rounding(device, run):
 @pytest.mark.parametrize("kind", KINDS[:18], ids="-".join)
 def test_bad_values_are_not_hidden(device, kind, run):
     inputs, how = draw(3, 5, 9, device), combination(*kind, 0.0)
+    inputs[0][:, 4] = -1.0  # no other object has the feature, for whose sake it would be read
     inputs[0][1, 4] = float("nan")
     found = run(*inputs, how=how)
     assert found[1].isnan().all() and found[[0, 2]].isfinite().all()
+
+
+@pytest.mark.parametrize("run", [run_tiled, run_rows])
+def test_a_negative_threshold_is_refused(run):
+    with pytest.raises(ValueError, match=r"threshold -0\.5 is below 0"):
+        run(*draw(3, 5, 9, "cpu"), how=combination(*SOME[0], -0.5))
 
 
 @pytest.mark.gpu
