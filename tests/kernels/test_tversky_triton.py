@@ -67,6 +67,18 @@ def test_odd_sizes_and_a_threshold(device, kind, run, sizes):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("threshold", [0.0, 0.5])
+@pytest.mark.parametrize("run", [run_tiled, run_rows])
+@pytest.mark.parametrize("kind", SOME, ids="-".join)
+def test_a_measure_at_the_threshold_is_absent(device, kind, run, threshold):
+    """Multiples of a half: many measures equal the threshold."""
+    inputs, how = draw(3, 17, 19, device), combination(*kind, threshold)
+    inputs = [value.mul(2).round() / 2 for value in inputs[:2]] + list(inputs[2:])
+    assert all(0.1 < (value == threshold).double().mean() < 0.3 for value in inputs[:2])
+    assert error(run(*inputs, how=how), expected(*inputs, how=how)) < 2e-6
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("kind", SOME, ids="-".join)
 def test_more_tiles_than_one(device, kind):
     inputs, how = draw(131, 70, 37, device), combination(*kind, 0.0)
