@@ -175,18 +175,19 @@ def test_the_definition_agrees(kind, threshold):
 
 def test_a_feature_at_the_threshold_is_absent():
     """0.5 is exact in binary, so that the measures of the first feature equal the threshold in every arithmetic."""
-    _, *others = draw()
-    others[0] = torch.cat([torch.eye(6, dtype=torch.float64), others[0]])
-    for n, threshold in itertools.product((0, 1), (0.0, 0.5)):
-        others[1] = torch.ones_like(others[1])
-        x = torch.full((1, 6), -0.25, dtype=torch.float64)
-        x[0, n] = threshold
-        for kind in kinds(*_tversky.SEMANTICS):
-            at, below = (
-                KERNEL.op(torch.cat([x[:, :n], value, x[:, n + 1 :]], 1), *others, **named(kind), threshold=threshold)
-                for value in (x[:, n : n + 1], x[:, n : n + 1] - 1e-9)
+    _, features, _, *weights = draw()
+    features = torch.cat([torch.eye(6, dtype=torch.float64), features])
+    ones = torch.ones(1, 6, dtype=torch.float64)
+    for kind, n, threshold in itertools.product(kinds(*_tversky.SEMANTICS), (0, 1), (0.0, 0.5)):
+        at = torch.full_like(ones, -0.25)
+        at[0, n] = threshold
+        below = at - 1e-9 * torch.eye(6, dtype=torch.float64)[n]
+        for order in (1, -1):  # as the object, and as the prototype
+            one, other = (
+                KERNEL.op(x, features, prototypes, *weights, **named(kind), threshold=threshold)
+                for x, prototypes in ((v, ones)[::order] for v in (at, below))
             )
-            torch.testing.assert_close(at, below, rtol=1e-7, atol=1e-7)
+            torch.testing.assert_close(one, other, rtol=1e-7, atol=1e-7)
 
 
 def test_the_three_semantics_differ():
