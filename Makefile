@@ -6,6 +6,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 CXX_NAMES := c++ g++ clang++
 CODE := fxfreeze passes kernels benchmarks tests
+# One test process per core, each with one thread: the threads of two processes would wait for each other. What a file's
+# tests share is built once, so a file stays in one process.
+WORKERS ?= 2
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
@@ -18,10 +22,10 @@ demo: $(VENV)/.demo compiler ## train, adapt, freeze and compile a small network
 	$(BIN)/fxfreeze demo
 
 test: $(VENV)/.test compiler ## all tests
-	$(BIN)/python -m pytest $(ARGS)
+	$(PYTEST) $(ARGS)
 
 check: lint types $(VENV)/.test compiler ## the inner loop: lint, types, and the tests not marked slow
-	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+	$(PYTEST) -m "not slow" $(ARGS)
 
 lint: $(VENV)/.dev ## ruff
 	$(BIN)/ruff check $(CODE)
