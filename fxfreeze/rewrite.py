@@ -125,6 +125,9 @@ class NodeRewrite(Pass):
     def rewrite(self, program: Program, node: Node, ctx: Context) -> bool | NoMatch:
         """Try the rewrite at `node`: True when done, else False or ``fail(reason, node)``."""
 
+    def missed(self, program: Program, miss: NoMatch, ctx: Context) -> None:
+        """Called in the end for every node that stayed, with the reason: the place for a row in the ledger."""
+
     def run(self, program: Program, ctx: Context) -> int:
         total = 0
         for _ in range(self.max_sweeps):
@@ -132,6 +135,8 @@ class NodeRewrite(Pass):
             total += count
             if not count:
                 ctx.near_misses.extend(misses)
+                for miss in misses:
+                    self.missed(program, miss, ctx)
                 return total
             program.sweep()
         raise PassError(

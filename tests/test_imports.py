@@ -73,7 +73,7 @@ TABLE: dict[str, str] = {
     "kernels": "",
     "kernel": "kernel-helper",
     "kernel-helper": "",
-    "benchmarks": "door plan",
+    "benchmarks": "door nn plan",
 }
 
 GROUPS = {"kernels": {"kernels", "kernel", "kernel-helper"}}

@@ -25,12 +25,8 @@ class FoldAffine(NodeRewrite):
 
     name, stage, targets = "fold-affine", "fold", TARGETS
 
-    def run(self, program: Program, ctx: Context) -> int:
-        known = len(ctx.near_misses)
-        count = super().run(program, ctx)
-        for miss in ctx.near_misses[known:]:
-            _report(program, ctx, miss.node, "skipped", executes=_name(miss.node), detail=miss.reason)
-        return count
+    def missed(self, program: Program, miss: NoMatch, ctx: Context) -> None:
+        _report(program, ctx, miss.node, "skipped", executes=_name(miss.node), detail=miss.reason)
 
     def rewrite(self, program: Program, node: Node, ctx: Context) -> bool | NoMatch:
         affine = affine_of(program, node)

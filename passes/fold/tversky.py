@@ -36,12 +36,8 @@ class FoldTversky(NodeRewrite):
 
     name, stage, targets = "fold-tversky", "fold", (KERNEL.op,)
 
-    def run(self, program: Program, ctx: Context) -> int:
-        known = len(ctx.near_misses)
-        count = super().run(program, ctx)
-        for miss in ctx.near_misses[known:]:
-            _report(program, ctx, miss.node, "skipped", executes=str(KERNEL.op), detail=miss.reason)
-        return count
+    def missed(self, program: Program, miss: NoMatch, ctx: Context) -> None:
+        _report(program, ctx, miss.node, "skipped", executes=str(KERNEL.op), detail=miss.reason)
 
     def rewrite(self, program: Program, node: Node, ctx: Context) -> bool | NoMatch:
         given = arguments(node)
