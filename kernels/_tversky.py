@@ -28,6 +28,7 @@ from functools import cached_property
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 from torch.nn.functional import normalize as unit
 
 MODELS = ("contrast", "ratio")
@@ -249,8 +250,13 @@ def working_dtype(x: Tensor) -> torch.dtype:
 def project(v: Tensor, features: Tensor, normalize: bool) -> Tensor:
     """The measures v·Ωᵀ [..., K] of vectors [..., d], in the working dtype; `normalize`: of v scaled to length 1."""
     dtype = working_dtype(v)
-    v = v.to(dtype)
-    return (unit(v, dim=-1) if normalize else v) @ features.to(dtype).T
+    v = cast(v, dtype)
+    return linear(unit(v, dim=-1) if normalize else v, cast(features, dtype))
+
+
+def cast(value: Tensor, dtype: torch.dtype) -> Tensor:
+    """Traced, a cast to the dtype it has would be an operator between those that passes look at."""
+    return value if value.dtype == dtype else value.to(dtype)
 
 
 def check_objects(x: Tensor, features: Tensor) -> None:

@@ -62,8 +62,6 @@ class CompiledProgram:
         self._fixed: dict[Sizes, Callable[..., Any]] = {}
 
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        from torch.fx.experimental.symbolic_shapes import ConstraintViolationError
-
         sizes = tuple(tuple(value.shape) for value in inputs)
         dynamic = tuple(
             tuple(axis for axis in axes if shape[axis] != 1) for axes, shape in zip(self._axes, sizes, strict=True)
@@ -74,7 +72,9 @@ class CompiledProgram:
                     return self._fixed[sizes](*_aliases(inputs))
                 try:
                     return self._run(self._compiled, dynamic, _aliases(inputs, dynamic))
-                except ConstraintViolationError:
+                except Exception as error:
+                    if not _is_constraint_violation(error):
+                        raise
                     # A guard on the layout (is a slice of length n − 1 contiguous?) may hold for all sizes but these.
                     return self._run(self._fixed, sizes, _aliases(inputs))
             except Exception as error:
@@ -96,6 +96,12 @@ class CompiledProgram:
             options = {"freezing": True}
         # fullgraph: beyond its recompilation limit torch.compile would silently run uncompiled otherwise.
         return torch.compile(module, fullgraph=True, dynamic=False, options=options)
+
+
+def _is_constraint_violation(error: Exception) -> bool:
+    from torch.fx.experimental.symbolic_shapes import ConstraintViolationError
+
+    return isinstance(error, ConstraintViolationError)
 
 
 def _aliases(inputs: Sequence[Tensor], dynamic: Sizes = ()) -> list[Tensor]:

@@ -9,9 +9,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
-from torch.nn.functional import normalize as unit
 
-from fxfreeze.kernels._tversky import Combination, Terms, pairwise, root
+from fxfreeze.kernels._tversky import Combination, Terms, pairwise, project, root
 
 _NEEDS = {
     "common_a": ("has_b",),
@@ -35,7 +34,7 @@ class Prototypes:
     @classmethod
     def of(cls, how: Combination, features: Tensor, prototypes: Tensor, *, normalize: bool) -> Prototypes:
         """From the bank [K, d] and the prototypes [P, d], both float64."""
-        measures = linear(unit(prototypes, dim=-1) if normalize else prototypes, features)
+        measures = project(prototypes, features, normalize)
         has_b = (measures > how.threshold).to(measures.dtype)
         return cls(how, measures * has_b, has_b)
 

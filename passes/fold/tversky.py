@@ -6,10 +6,9 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 from torch.nn.functional import linear
-from torch.nn.functional import normalize as unit
 
 from fxfreeze.inline import inline
-from fxfreeze.kernels._tversky import Combination, combination, similarity, working_dtype
+from fxfreeze.kernels._tversky import Combination, cast, combination, project, similarity, working_dtype
 from fxfreeze.kernels.tversky import KERNEL
 from fxfreeze.program import Origin, Program
 from fxfreeze.rewrite import Context, NodeRewrite, NoMatch, Outcome, fail
@@ -73,13 +72,13 @@ def _product(program: Program, node: Node, how: Combination, constants: dict[str
     given = arguments(node)
 
     def function(x: Tensor, features: Tensor, table: Tensor, bias: Tensor) -> Tensor:
-        a = _project(x, features, given["normalize"])
+        a = project(x, features, given["normalize"])
         has = (a > how.threshold).to(a.dtype)
         present = a * has
         parts = [present, has]
         if table.shape[1] > 2 * a.shape[-1]:
             parts.append(present.sqrt())
-        return _cast(linear(torch.cat(parts, -1), table, bias), x.dtype)
+        return cast(linear(torch.cat(parts, -1), table, bias), x.dtype)
 
     operands = given["x"], given["features"], constants["table"], constants["bias"]
     return inline(program, function, *operands, before=node, like=node)
@@ -89,24 +88,13 @@ def _products(program: Program, node: Node, how: Combination, constants: dict[st
     given, names = arguments(node), list(constants)
 
     def function(x: Tensor, features: Tensor, theta: Tensor, alpha: Tensor, beta: Tensor, *tables: Tensor) -> Tensor:
-        a = _project(x, features, given["normalize"])
+        a = project(x, features, given["normalize"])
         terms = FrozenTerms(a, how.threshold, dict(zip(names, tables, strict=True)))
-        scores = similarity(how, terms, *(_cast(weight, a.dtype) for weight in (theta, alpha, beta)))
-        return _cast(scores, x.dtype)
+        scores = similarity(how, terms, *(cast(weight, a.dtype) for weight in (theta, alpha, beta)))
+        return cast(scores, x.dtype)
 
     weights = (given[name] for name in ("x", "features", "theta", "alpha", "beta"))
     return inline(program, function, *weights, *constants.values(), before=node, like=node)
-
-
-def _project(x: Tensor, features: Tensor, normalize: bool) -> Tensor:
-    dtype = working_dtype(x)
-    x = _cast(x, dtype)
-    return linear(unit(x, dim=-1) if normalize else x, _cast(features, dtype))
-
-
-def _cast(value: Tensor, dtype: torch.dtype) -> Tensor:
-    """Traced, a cast to the dtype it has would be an operator between those that other passes look at."""
-    return value if value.dtype == dtype else value.to(dtype)
 
 
 def _combination(node: Node) -> Combination:
