@@ -31,6 +31,7 @@ class Compilation:
     Attributes:
         program: after the last pass, its constants rounded.
         reference: the frozen model (with its adapters, if any) in eager torch, flat tensors to flat tensors.
+        source: the program before the passes, with the adapters in it.
         examples: flat tensors the model accepts, when the caller gave some.
     """
 
@@ -40,6 +41,7 @@ class Compilation:
     passes: list[PassRow]
     proofs: list[ProofRow]
     reference: Flat
+    source: Program
     examples: list[Tensor] | None
 
     @property
@@ -84,8 +86,8 @@ def compile(
     say = progress or (lambda text: None)
     done = rewrite(model, plan, example_inputs=example_inputs, verify=verify, progress=say)
     return Artifact.create(
-        done.program, plan, done.reference, passes=done.passes, proofs=done.proofs, ledger=done.ledger,
-        examples=done.examples, exact=done.lossless, evaluate=evaluate, progress=say,
+        done.program, plan, done.reference, source=done.source, passes=done.passes, proofs=done.proofs,
+        ledger=done.ledger, examples=done.examples, exact=done.lossless, evaluate=evaluate, progress=say,
     )  # fmt: skip
 
 
@@ -122,11 +124,11 @@ def _rewrite_plain(
             return flat(*inputs)
 
     say("rewriting and proving")
-    ctx = Context(plan)
+    ctx, source = Context(plan), program.clone()
     rows, prover = run_passes(
         program, stage_passes(PIPELINE, STAGES), ctx, verify=verify, draws=proof_draws(program, verify, examples)
     )
-    return Compilation(program, plan, ctx.ledger, rows, prover.rows, reference, examples)
+    return Compilation(program, plan, ctx.ledger, rows, prover.rows, reference, source, examples)
 
 
 def _rewrite_adapted(
@@ -139,10 +141,10 @@ def _rewrite_adapted(
     program, reference = net.program(), net.reference
     examples = net.origins.examples if examples is None else examples
     say("rewriting and proving")
-    ctx = Context(plan, Ledger(list(net.ledger)))
+    ctx, source = Context(plan, Ledger(list(net.ledger))), program.clone()
     rows, prover = run_passes(
         program, stage_passes(PIPELINE, STAGES[STAGES.index("freeze") :]), ctx,
         verify=verify, draws=proof_draws(program, verify, examples),
     )  # fmt: skip
     passes, proofs = [*net.origins.passes, *rows], [*net.origins.proofs, *prover.rows]
-    return Compilation(program, plan, ctx.ledger, passes, proofs, reference, examples)
+    return Compilation(program, plan, ctx.ledger, passes, proofs, reference, source, examples)

@@ -79,6 +79,7 @@ class Artifact:
         plan: Plan,
         reference: parity.Flat | None = None,
         *,
+        source: Program | None = None,
         passes: Iterable[Any] = (),
         proofs: Iterable[Any] = (),
         ledger: Iterable[Any] = (),
@@ -92,6 +93,7 @@ class Artifact:
         Args:
             program: after the last pass, constants rounded.
             reference: the user's model, flat tensors to flat tensors; see :func:`fxfreeze.parity.draw`.
+            source: the program before its passes; see there.
             passes, proofs, ledger: rows for the manifest; dicts, or objects with ``to_json`` or dataclass fields.
             examples: flat tensors the model accepts, when random ones will not do.
             exact: the program is the same function as `reference`, which is then checked too.
@@ -107,7 +109,7 @@ class Artifact:
             draws, rows, scores = [], [], {}
             if plan.targets:
                 say("running the model")
-                draws = parity.draw(program, reference, examples=examples)
+                draws = parity.draw(program, reference, source=source, examples=examples)
                 rows = parity.check_model(program, draws) if exact and reference is not None else []
             if evaluate is not None:
                 say("evaluating the model")

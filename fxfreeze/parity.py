@@ -8,13 +8,16 @@ they went in, and what a call returned must survive the next call.
 
 Eager torch is measured as well: a model that is far from its own program in float64, much farther than the program in
 eager torch, has been captured wrongly, and no bound tied to it would mean anything.
+
+Elements that hang on a decision within rounding (:mod:`fxfreeze.margin`) are counted and left out. Where that would be
+more than half of an output, other inputs are drawn; where it stays so, nothing is left out.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -22,6 +25,7 @@ from torch import Tensor
 
 from .constants import lift
 from .errors import EmitError
+from .margin import decided, floor, left_out, share, undecided
 from .program import Program
 from .proof import lifted_run
 from .sampling import dim_choices, sample_inputs
@@ -33,6 +37,7 @@ MODEL = "model"
 
 _SLACK = 10.0
 _SEED = 100  # apart from the seeds of the proofs, so that the inputs are new ones
+_ATTEMPTS = 4
 
 
 @dataclass(frozen=True)
@@ -46,6 +51,7 @@ class ParityRow:
         tolerance: what `error` may be.
         repeats_equal: whether all calls gave the same bits.
         inputs_unchanged: whether all inputs were the same bits after the calls.
+        undecided: the share of elements that was left out, because rounding may decide either way.
         detail: what is wrong beside the numbers; "" when nothing is.
     """
 
@@ -58,6 +64,7 @@ class ParityRow:
     repeats_equal: bool
     inputs_unchanged: bool
     ok: bool
+    undecided: float = 0.0
     detail: str = ""
 
     def to_json(self) -> dict[str, Any]:
@@ -66,29 +73,23 @@ class ParityRow:
 
 @dataclass(frozen=True)
 class Draw:
-    """Inputs of one assignment of sizes, and what must come out: `truth` in float64, `eager` in the model's dtypes."""
+    """Inputs of one assignment of sizes, and what must come out: `truth` in float64, `eager` in the model's dtypes.
+
+    `undecided` holds a mask per output: the elements that nothing can be said of.
+    """
 
     sizes: dict[str, int]
     inputs: tuple[Tensor, ...]
     truth: tuple[Tensor, ...]
     eager: tuple[Tensor, ...]
-
-
-def floor(dtype: torch.dtype) -> float:
-    """The error that counts as rounding whatever eager torch does: 100 eps, in half precisions 4 eps.
-
-    100 eps of bfloat16 would be 0.78, a bound that nothing could break.
-    """
-    if not (dtype.is_floating_point or dtype.is_complex):
-        return 0.0
-    eps = torch.finfo(dtype).eps
-    return 100 * eps if eps < 1e-5 else 4 * eps
+    undecided: tuple[Tensor, ...]
 
 
 def draw(
     program: Program,
     reference: Flat | None = None,
     *,
+    source: Program | None = None,
     examples: Sequence[Tensor] | None = None,
     count: int = 3,
 ) -> list[Draw]:
@@ -98,6 +99,7 @@ def draw(
         program: what was emitted; its float64 run is the truth.
         reference: the user's model, flat tensors to flat tensors. None: the program in eager torch, which is right
             when the model is not at hand (a reloaded artifact) or not the same function (a lossy step).
+        source: the program before its passes, where all decisions of the model can still be seen. None: `program`.
         examples: flat tensors to resize, instead of random ones.
         count: how many assignments; fewer when the dims leave fewer.
 
@@ -106,8 +108,8 @@ def draw(
     """
     draws = []
     for position, sizes in enumerate(dim_choices(program, count)):
-        inputs = tuple(sample_inputs(program, sizes, seed=_SEED + position, examples=examples))
         try:
+            inputs, undecided = _decided_inputs(source or program, sizes, _SEED + position, examples)
             with torch.no_grad():
                 # On copies: the model may write to its inputs, which a program never does.
                 eager = tuple((reference or program.run)(*(value.clone() for value in inputs)))
@@ -123,8 +125,21 @@ def draw(
                     f"output {output!r} is NaN at sizes {sizes}, so there is nothing to compare with",
                     hint="give the inputs a range with low= and high=, or pass examples",
                 )
-        draws.append(Draw(sizes, inputs, truth, eager))
+        draws.append(Draw(sizes, inputs, truth, eager, undecided))
     return draws
+
+
+def _decided_inputs(
+    program: Program, sizes: dict[str, int], seed: int, examples: Sequence[Tensor] | None
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """Inputs that leave enough decided, if any can be drawn, and a mask per output of what is left out."""
+    for attempt in range(_ATTEMPTS if examples is None else 1):
+        inputs = tuple(sample_inputs(program, sizes, seed=seed + 1000 * attempt, examples=examples))
+        masks = undecided(program, inputs)
+        kept = left_out(masks)
+        if all(map(torch.equal, masks, kept)):
+            break
+    return inputs, kept
 
 
 def check_target(name: str, runner: Flat, program: Program, draws: Sequence[Draw]) -> list[ParityRow]:
@@ -147,7 +162,7 @@ def check_model(program: Program, draws: Sequence[Draw]) -> list[ParityRow]:
     """
     rows = []
     for item in draws:
-        own = Draw(item.sizes, item.inputs, item.truth, program.run(*item.inputs))
+        own = replace(item, eager=program.run(*item.inputs))
         rows += _rows(MODEL, program.outputs, own, _Calls([item.eager], [list(map(_bits, item.eager))], True))
     return _accept("the captured program does not agree with the model in eager torch", rows)
 
@@ -182,9 +197,9 @@ def _rows(name: str, outputs: Sequence[str], item: Draw, calls: _Calls) -> list[
 
 
 def _row(name: str, output: str, position: int, item: Draw, calls: _Calls) -> ParityRow:
-    truth, eager = item.truth[position], item.eager[position]
-    compared = [compare(result[position], truth, eager) for result in calls.results]
-    gap, eager_gap = max(value for value, _ in compared), compare(eager, truth, eager)[0]
+    truth, eager, unsaid = item.truth[position], item.eager[position], item.undecided[position]
+    compared = [compare(result[position], truth, eager, unsaid) for result in calls.results]
+    gap, eager_gap = max(value for value, _ in compared), compare(eager, truth, eager, unsaid)[0]
     counted = not (eager.dtype.is_floating_point or eager.dtype.is_complex)
     bound = eager_gap if counted else max(_SLACK * eager_gap, floor(eager.dtype))
     first = calls.bits[0][position]
@@ -204,6 +219,7 @@ def _row(name: str, output: str, position: int, item: Draw, calls: _Calls) -> Pa
         repeats_equal=all(torch.equal(bits[position], first) for bits in calls.bits),
         inputs_unchanged=calls.unchanged,
         ok=gap <= bound and calls.unchanged and kept,
+        undecided=share(unsaid),
         detail="; ".join(dict.fromkeys(complaints)),
     )
 
@@ -218,17 +234,19 @@ def _accept(what: str, rows: list[ParityRow]) -> list[ParityRow]:
     raise EmitError("\n".join([what, *details, table]))
 
 
-def compare(actual: Tensor, truth: Tensor, eager: Tensor) -> tuple[float, str]:
+def compare(actual: Tensor, truth: Tensor, eager: Tensor, unsaid: Tensor | None = None) -> tuple[float, str]:
     """(error of `actual` against `truth`, what is wrong with its form or "").
 
     Shape and dtype must be those of `eager`. Where `eager` is not finite (an overflow, a log of 0), `actual` must hold
-    the same NaN or Inf; the error is taken over the rest.
+    the same NaN or Inf; the error is taken over the rest, without the elements that `unsaid` masks.
     """
     if actual.shape != eager.shape or actual.dtype != eager.dtype:
         got = f"{actual.dtype} {tuple(actual.shape)}"
         return float("inf"), f"{got} instead of {eager.dtype} {tuple(eager.shape)}"
     if actual.device != truth.device:
         actual, eager = actual.to(truth.device), eager.to(truth.device)
+    if unsaid is not None:
+        actual, truth, eager = decided(unsaid, actual, truth, eager)
     if actual.numel() == 0:
         return 0.0, ""
     if not (actual.is_floating_point() or actual.is_complex()):

@@ -72,13 +72,14 @@ def ledger_table(rows: Sequence[Mapping[str, Any]]) -> Table:
 
 def parity_table(rows: Iterable[Mapping[str, Any]]) -> Table:
     """Every target against the frozen model in float64, with the eager model's own error beside it."""
-    columns = ["target", "sizes", "output", "error", "eager", "bound", "repeats", "inputs", "ok"]
-    table = _table("parity with the frozen model in float64", columns, right=(3, 4, 5))
+    columns = ["target", "sizes", "output", "error", "eager", "bound", "undecided", "repeats", "inputs", "ok"]
+    table = _table("parity with the frozen model in float64", columns, right=(3, 4, 5, 6))
     for row in rows:
         sizes = ", ".join(f"{name}={size}" for name, size in row["sizes"].items()) or "fixed"
         table.add_row(
             row["target"], sizes, row["output"],
             _number(row["error"]), _number(row["eager_error"]), _number(row["tolerance"]),
+            f"{row['undecided']:.2%}" if row["undecided"] else "–",
             "same" if row["repeats_equal"] else "differ", "same" if row["inputs_unchanged"] else "CHANGED",
             Text("yes", style="green") if row["ok"] else Text("NO", style="bold red"),
         )  # fmt: skip

@@ -58,9 +58,10 @@ TABLE: dict[str, str] = {
     "pipeline": "constants dataflow passes plan program proof rewrite sampling",
     "lower": "exporting kernels program sampling",
     "emit": "binding exporting lower program sampling serialize",
-    "parity": "binding constants emit plan program proof report sampling",
+    "margin": "constants lower program proof",
+    "parity": "binding constants emit margin plan program proof report sampling",
     "artifact": "binding emit lower parity plan program report sampling serialize _version",
-    "adapt": "binding capture passes pipeline plan program proof rewrite weights",
+    "adapt": "binding capture margin passes pipeline plan program proof rewrite weights",
     "nn": "kernels",
     "api": "adapt artifact binding capture emit lower parity passes pipeline plan program proof report rewrite "
     "sampling",
