@@ -56,7 +56,9 @@ class Combination:
         return _intersection_terms(self) | _difference_terms(self)
 
 
-def combination(model: str, intersection: str, difference: str, semantics: str, threshold: float) -> Combination:
+def combination(
+    model: str, intersection: str, difference: str, semantics: str, threshold: float = 0.0
+) -> Combination:
     """The checked combination.
 
     Raises:
@@ -236,6 +238,10 @@ def differences(how: Combination, terms: Terms) -> tuple[Tensor, Tensor]:
 
 def similarity(how: Combination, terms: Terms, theta: Tensor, alpha: Tensor, beta: Tensor) -> Tensor:
     """Contrast: θ·f(A∩B) − α·f(A−B) − β·f(B−A). Ratio: f(A∩B) / (f(A∩B) + α·f(A−B) + β·f(B−A) + 1)."""
+    if (how.model, how.intersection, how.difference) == ("contrast", "product", "ignorematch"):
+        # Linear in b⁺ and in 1ᵇ: two products of matrices do for three.
+        weighed = (theta * terms.a + beta * terms.has_a) @ terms.b.T
+        return weighed + alpha * terms.common_a - alpha * terms.total_a - beta * terms.total_b
     common, (only_a, only_b) = intersection(how, terms), differences(how, terms)
     if how.model == "contrast":
         return theta * common - alpha * only_a - beta * only_b

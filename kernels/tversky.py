@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -88,22 +89,10 @@ eager = partial(reference, min_sum=min_sum_by_distance)
 
 
 def fake(
-    x: Tensor,
-    features: Tensor,
-    prototypes: Tensor,
-    theta: Tensor,
-    alpha: Tensor,
-    beta: Tensor,
-    *,
-    model: str,
-    intersection: str,
-    difference: str,
-    semantics: str,
-    threshold: float = 0.0,
-    normalize: bool = False,
+    x: Tensor, features: Tensor, prototypes: Tensor, *weights: Tensor, normalize: bool = False, **how: Any
 ) -> Tensor:
-    combination(model, intersection, difference, semantics, threshold)
-    _check(x, features, prototypes, theta, alpha, beta)
+    combination(**how)
+    _check(x, features, prototypes, *weights)
     return x.new_empty((*x.shape[:-1], prototypes.shape[0]))
 
 
@@ -113,20 +102,10 @@ def _check(x: Tensor, features: Tensor, prototypes: Tensor, *weights: Tensor) ->
     check_weights(*weights)
 
 
-def supports(
-    x: Tensor,
-    features: Tensor,
-    prototypes: Tensor,
-    theta: Tensor,
-    alpha: Tensor,
-    beta: Tensor,
-    *,
-    threshold: float = 0.0,
-    **_: object,
-) -> bool:
+def supports(x: Tensor, *others: Tensor, normalize: bool = False, **how: Any) -> bool:
     """The tile kernel counts absent features as 0, and has no float64."""
-    tensors = (x, features, prototypes, theta, alpha, beta)
-    return threshold >= 0 and x.dtype != torch.float64 and len({value.device for value in tensors}) == 1
+    one_device = len({value.device for value in (x, *others)}) == 1
+    return combination(**how).threshold >= 0 and x.dtype != torch.float64 and one_device
 
 
 def launch(
@@ -137,21 +116,16 @@ def launch(
     alpha: Tensor,
     beta: Tensor,
     *,
-    model: str,
-    intersection: str,
-    difference: str,
-    semantics: str,
-    threshold: float = 0.0,
     normalize: bool = False,
+    **how: Any,
 ) -> Tensor:
     """As :func:`reference`; in half precision, measures are rounded to it before they are multiplied."""
     from ._tversky_triton import tiled
 
-    how = combination(model, intersection, difference, semantics, threshold)
     _check(x, features, prototypes, theta, alpha, beta)
     a = project(x.reshape(-1, x.shape[-1]), features, normalize)
     b = project(prototypes, features, normalize).T.contiguous()
-    score = tiled(a, b, theta.float(), alpha.float(), beta.float(), how, dtype=x.dtype)
+    score = tiled(a, b, theta.float(), alpha.float(), beta.float(), combination(**how), dtype=x.dtype)
     return score.reshape(*x.shape[:-1], prototypes.shape[0])
 
 

@@ -1,6 +1,6 @@
-"""``fxfreeze::tversky_frozen``: ``fxfreeze::tversky`` with prototypes that no longer change.
+"""``fxfreeze::tversky_frozen``: ``fxfreeze::tversky`` from the objects' measures on, with prototypes that no longer change.
 
-Their measures Ω·Πᵀ, computed once, are an argument in their place. They are stored with the prototypes of one feature
+The measures Ω·Πᵀ of the prototypes, computed once, are an argument. They are stored with the prototypes of one feature
 next to each other, so that few objects need to read only the features that are present in them.
 
 Source: see ``tversky.py``.
@@ -8,34 +8,35 @@ Source: see ``tversky.py``.
 
 from __future__ import annotations
 
+import ctypes
+import math
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ._op import Kernel, register
+from ._native import call
+from ._op import Kernel, Native, at_most, register
 from ._tversky import (
     Terms,
+    cast,
     check_matrix,
-    check_objects,
     check_weights,
     combination,
     min_sum_by_distance,
-    project,
     similarity,
-    working_dtype,
 )
 
 SCHEMA = (
-    "(Tensor x, Tensor features, Tensor measures, Tensor totals, Tensor theta, Tensor alpha, Tensor beta, *, "
-    "str model, str intersection, str difference, str semantics, float threshold=0.0, bool normalize=False) -> Tensor"
+    "(Tensor a, Tensor measures, Tensor totals, Tensor theta, Tensor alpha, Tensor beta, *, str model, "
+    "str intersection, str difference, str semantics, float threshold=0.0, ScalarType? dtype=None) -> Tensor"
 )
 
 
 def reference(
-    x: Tensor,
-    features: Tensor,
+    a: Tensor,
     measures: Tensor,
     totals: Tensor,
     theta: Tensor,
@@ -47,17 +48,16 @@ def reference(
     difference: str,
     semantics: str,
     threshold: float = 0.0,
-    normalize: bool = False,
+    dtype: torch.dtype | None = None,
     min_sum: Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> Tensor:
-    """Tversky similarity of `x` to prototypes given by their measures.
+    """Tversky similarity of objects to prototypes, both given by their measures.
 
     Args:
-        x: objects [..., d] in float16, bfloat16, float32 or float64.
-        features: the bank Ω [K, d], dtype of `x`, K ≥ 1.
-        measures: Ω·Πᵀ [K, P], of normalised prototypes where `normalize` is set; float64 if `x` is, else float32.
-        totals: Σ_k of the measures above the threshold [P], dtype of `measures`.
-        theta: as in ``tversky.py``, like all that follow.
+        a: measures x·Ωᵀ of the objects [..., K], float32 or float64, K ≥ 1: ``_tversky.project``.
+        measures: those of the prototypes, Ω·Πᵀ [K, P], dtype of `a`, P ≥ 1.
+        totals: Σ_k of the measures above the threshold [P], dtype of `a`.
+        theta: as in ``tversky.py``, like all up to `threshold`.
         alpha: see there.
         beta: see there.
         model: see there.
@@ -65,19 +65,20 @@ def reference(
         difference: see there.
         semantics: see there.
         threshold: see there.
-        normalize: scale `x` to length 1 first.
+        dtype: of the result; default: that of `a`. On a GPU measures are multiplied in it, too.
         min_sum: how to sum minima, see ``_tversky.Terms``; not an argument of the operator.
 
     Returns:
-        [..., P], dtype of `x`. Half precision is computed in float32 and rounded once.
+        [..., P], `dtype`, rounded to it once.
 
     Raises:
         ValueError: an unknown name, or shapes or dtypes other than the above.
     """
     how = combination(model, intersection, difference, semantics, threshold)
-    _check(x, features, measures, totals, theta, alpha, beta)
-    terms = Terms(project(x, features, normalize), measures.T, threshold, min_sum, totals)
-    return similarity(how, terms, *(weight.to(terms.a.dtype) for weight in (theta, alpha, beta))).to(x.dtype)
+    _check(a, measures, totals, theta, alpha, beta, dtype)
+    terms = Terms(a, measures.T, threshold, min_sum, totals)
+    score = similarity(how, terms, *(weight.to(a.dtype) for weight in (theta, alpha, beta)))
+    return score.to(dtype or a.dtype)
 
 
 eager = partial(reference, min_sum=min_sum_by_distance)
@@ -85,82 +86,120 @@ eager = partial(reference, min_sum=min_sum_by_distance)
 
 
 def fake(
-    x: Tensor,
-    features: Tensor,
+    a: Tensor, measures: Tensor, totals: Tensor, *weights: Tensor, dtype: torch.dtype | None = None, **how: Any
+) -> Tensor:
+    combination(**how)
+    _check(a, measures, totals, *weights, dtype)
+    return a.new_empty((*a.shape[:-1], measures.shape[1]), dtype=dtype or a.dtype)
+
+
+def _check(
+    a: Tensor,
     measures: Tensor,
     totals: Tensor,
     theta: Tensor,
     alpha: Tensor,
     beta: Tensor,
-    *,
-    model: str,
-    intersection: str,
-    difference: str,
-    semantics: str,
-    threshold: float = 0.0,
-    normalize: bool = False,
-) -> Tensor:
-    combination(model, intersection, difference, semantics, threshold)
-    _check(x, features, measures, totals, theta, alpha, beta)
-    return x.new_empty((*x.shape[:-1], measures.shape[1]))
-
-
-def _check(x: Tensor, features: Tensor, measures: Tensor, totals: Tensor, *weights: Tensor) -> None:
-    check_objects(x, features)
-    check_matrix("measures, transposed,", measures.T, "K", features.shape[0], working_dtype(x))
+    dtype: torch.dtype | None,
+) -> None:
+    if a.dtype not in (torch.float32, torch.float64) or a.dim() == 0 or a.shape[-1] < 1:
+        raise ValueError(
+            f"tversky: a is {a.dtype} of shape {list(a.shape)}, not torch.float32 or torch.float64 of [..., K ≥ 1]"
+        )
+    check_matrix("measures, transposed,", measures.T, "K", a.shape[-1], a.dtype)
     if totals.shape != measures.shape[1:] or totals.dtype != measures.dtype:
         raise ValueError(
             f"tversky: totals is {totals.dtype} of shape {list(totals.shape)}, "
             f"not {measures.dtype} of [P = {measures.shape[1]}]"
         )
-    check_weights(*weights)
+    check_weights(theta, alpha, beta)
+    if dtype is not None and not dtype.is_floating_point:
+        raise ValueError(f"tversky: the result's dtype {dtype} is not a floating one")
 
 
-def supports(
-    x: Tensor,
-    features: Tensor,
-    measures: Tensor,
-    totals: Tensor,
-    theta: Tensor,
-    alpha: Tensor,
-    beta: Tensor,
-    *,
-    threshold: float = 0.0,
-    **_: object,
-) -> bool:
+# ---- GPU
+
+
+def supports(a: Tensor, *others: Tensor, dtype: torch.dtype | None = None, **how: Any) -> bool:
     """The kernels count absent features as 0, and have no float64."""
-    tensors = (x, features, measures, totals, theta, alpha, beta)
-    return threshold >= 0 and x.dtype != torch.float64 and len({value.device for value in tensors}) == 1
+    one_device = len({value.device for value in (a, *others)}) == 1
+    return combination(**how).threshold >= 0 and torch.float64 not in (a.dtype, dtype) and one_device
 
 
 def launch(
-    x: Tensor,
-    features: Tensor,
+    a: Tensor,
     measures: Tensor,
     totals: Tensor,
     theta: Tensor,
     alpha: Tensor,
     beta: Tensor,
     *,
-    model: str,
-    intersection: str,
-    difference: str,
-    semantics: str,
-    threshold: float = 0.0,
-    normalize: bool = False,
+    dtype: torch.dtype | None = None,
+    **how: Any,
 ) -> Tensor:
-    """As :func:`reference`; more than 8 objects in half precision have their measures rounded to it."""
+    """As :func:`reference`; for more than 8 objects, measures are rounded to half a `dtype` before they multiply."""
     from ._tversky_triton import MAX_ROWS, rows, tiled
 
-    how = combination(model, intersection, difference, semantics, threshold)
-    _check(x, features, measures, totals, theta, alpha, beta)
-    a = project(x.reshape(-1, x.shape[-1]), features, normalize)
-    b, weights = measures.contiguous(), (theta.float(), alpha.float(), beta.float())
-    if a.shape[0] <= MAX_ROWS:
-        score = rows(a, b, totals.contiguous(), *weights, how, dtype=x.dtype)
+    _check(a, measures, totals, theta, alpha, beta, dtype)
+    kind, dtype = combination(**how), dtype or a.dtype
+    flat, b = a.reshape(-1, a.shape[-1]), measures.contiguous()
+    weights = (theta.float(), alpha.float(), beta.float())
+    if flat.shape[0] <= MAX_ROWS:
+        score = rows(flat.contiguous(), b, totals.contiguous(), *weights, kind, dtype=dtype)
     else:
-        score = tiled(a, b, *weights, how, dtype=x.dtype)
-    return score.reshape(*x.shape[:-1], measures.shape[1])
+        score = tiled(flat, b, *weights, kind, dtype=dtype)
+    return score.reshape(*a.shape[:-1], measures.shape[1])
 
 
-KERNEL = register(Kernel("tversky_frozen", SCHEMA, reference, fake, supports, launch, eager))
+# ---- CPU
+
+NATIVE_SCHEMA = (
+    "(Tensor a, Tensor measures, Tensor totals, Tensor theta, Tensor alpha, Tensor beta, str model, "
+    "str intersection, str difference, str semantics, float threshold) -> Tensor"
+)
+MAX_ROWS = 8
+
+
+def native_supports(a: Tensor, measures: Tensor, *others: Tensor, dtype: torch.dtype | None = None, **how: Any) -> bool:
+    """Few objects, and no logarithm per feature; a copy of strided measures would cost more than is saved."""
+    on_cpu = all(value.device.type == "cpu" for value in (a, measures, *others))
+    few = at_most(math.prod(a.shape[:-1]), MAX_ROWS)
+    return on_cpu and few and measures.is_contiguous() and "softmin" not in combination(**how).terms
+
+
+def native_apply(
+    a: Tensor,
+    measures: Tensor,
+    totals: Tensor,
+    theta: Tensor,
+    alpha: Tensor,
+    beta: Tensor,
+    *,
+    dtype: torch.dtype | None = None,
+    **how: Any,
+) -> Tensor:
+    """As :func:`reference`; an infinite measure of a prototype shows only where the object has the feature."""
+    _check(a, measures, totals, theta, alpha, beta, dtype)
+    kind = combination(**how)
+    score = torch.ops.fxfreeze.tversky_frozen_native(
+        a.reshape(-1, a.shape[-1]).contiguous(), measures, totals.contiguous(),
+        *(cast(weight, a.dtype) for weight in (theta, alpha, beta)),
+        kind.model, kind.intersection, kind.difference, kind.semantics, float(kind.threshold),
+    )  # fmt: skip
+    return cast(score.reshape(*a.shape[:-1], measures.shape[1]), dtype or a.dtype)
+
+
+def native_fake(a: Tensor, measures: Tensor, *_: object) -> Tensor:
+    return a.new_empty(a.shape[0], measures.shape[1])
+
+
+def native_run(library: ctypes.CDLL, a: Tensor, measures: Tensor, *others: Any) -> Tensor:
+    (rows, depth), columns = a.shape, measures.shape[1]
+    score, (tensors, how) = native_fake(a, measures), (others[:4], others[4:])
+    sizes = (a.element_size(), rows, depth, columns)
+    call(library.tversky_frozen, score, a, measures, *tensors, *sizes, *how, torch.get_num_threads())
+    return score
+
+
+NATIVE = Native("tversky_frozen.cpp", NATIVE_SCHEMA, native_fake, native_run, native_supports, native_apply)
+KERNEL = register(Kernel("tversky_frozen", SCHEMA, reference, fake, supports, launch, eager, NATIVE))
