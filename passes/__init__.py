@@ -16,6 +16,7 @@ from .clean.noops import StripNoOps
 from .clean.shapes import ExplicitShapes
 from .fold.affine import FoldAffine
 from .fold.delta import FoldDelta
+from .fold.row_constants import DropRowConstants
 from .fold.tversky import FoldTversky
 from .lower.merge import MergeConstants
 from .lower.round import Round
@@ -33,6 +34,7 @@ PIPELINE: tuple[Pass, ...] = (
     # fold: one operator where the model, or an adapter, has several; in float64
     FoldDelta(),
     FoldTversky(),
+    DropRowConstants(),
     FoldLateConstants(),
     FoldAffine(),
     # lower: constants as they are stored
