@@ -124,9 +124,8 @@ def _way(program: Program, value: Node, reader: Node, dim: int) -> list[_Sum | _
         if set(value.users) != {reader} or (item := _read(program, value, dim)) is None:
             continue
         found.append(item)
-        # x + x reads x twice over, and would have it put together twice.
-        if len(set(item.operands)) == len(item.operands):
-            stack += [(part, value) for part in item.operands if _varies(part, dim)]
+        # In x + x, x stands twice.
+        stack += [(part, value) for part in dict.fromkeys(item.operands) if _varies(part, dim)]
     return found
 
 

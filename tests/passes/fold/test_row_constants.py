@@ -133,6 +133,8 @@ def test_every_reduction_that_takes_no_notice(root: str) -> None:
         (lambda s, z, r: z.abs() + s.c * (r - z), ["abs", "mul", "sub"]),
         (lambda s, z, r: torch.sub(z.abs(), r - z, alpha=3), ["abs", "add"]),
         (lambda s, z, r: torch.sub(r - z, r - z.abs(), alpha=3), ["abs", "sub", "neg"]),
+        (lambda s, z, r: (lambda total: total - 3 * r + total)(z * 2 + r), ["mul", "add"]),
+        (lambda s, z, r: (lambda total: total + total)(z * 2 - r), ["mul", "add"]),
         (lambda s, z, r: z - z.mean(-1, keepdim=True), []),
         (lambda s, z, r: z - z.amax(-1, keepdim=True), []),
         (lambda s, z, r: torch.relu(z + r) + r, ["add", "relu"]),
