@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import cached_property
 
 import torch
@@ -13,30 +12,29 @@ from torch.nn.functional import linear
 from fxfreeze.kernels._tversky import Combination, Terms, pairwise, project, root
 
 _NEEDS = {
-    "common_a": ("has_b",),
-    "common_b": ("b",),
-    "product": ("b",),
-    "gmean": ("root_b",),
-    "min": ("b",),
-    "softmin": ("b", "has_b"),
+    "common_a": {"has_b"},
+    "common_b": {"b"},
+    "product": {"b"},
+    "gmean": {"root_b"},
+    "min": {"b"},
+    "softmin": {"b", "has_b"},
 }
 """Term → tables of the prototypes it is made from."""
 
 
-@dataclass(frozen=True)
 class Prototypes:
-    """b⁺ and 1ᵇ of frozen prototypes, float64 [P, K], and the tables that a combination makes of them."""
+    """Frozen prototypes Π [P, d] of a bank Ω [K, d] as float64 measures b = Π·Ωᵀ [P, K], and tables made of these."""
 
-    how: Combination
-    b: Tensor
-    has_b: Tensor
+    def __init__(self, how: Combination, features: Tensor, prototypes: Tensor, *, normalize: bool) -> None:
+        self.how, self.measures = how, project(prototypes, features, normalize)
 
-    @classmethod
-    def of(cls, how: Combination, features: Tensor, prototypes: Tensor, *, normalize: bool) -> Prototypes:
-        """From the bank [K, d] and the prototypes [P, d], both float64."""
-        measures = project(prototypes, features, normalize)
-        has_b = (measures > how.threshold).to(measures.dtype)
-        return cls(how, measures * has_b, has_b)
+    @cached_property
+    def has_b(self) -> Tensor:
+        return (self.measures > self.how.threshold).to(self.measures.dtype)
+
+    @cached_property
+    def b(self) -> Tensor:
+        return self.measures * self.has_b
 
     @cached_property
     def total_b(self) -> Tensor:
@@ -46,19 +44,26 @@ class Prototypes:
     def root_b(self) -> Tensor:
         return root(self.b)
 
-    @property
-    def tables(self) -> dict[str, Tensor]:
-        """By the names of :class:`FrozenTerms`' attributes."""
-        names = {name for term in self.how.terms for name in _NEEDS[term]}
-        if "min" in self.how.terms and self.how.threshold < 0:
-            names.add("has_b")
-        return {
-            name: getattr(self, name) for name in ("b", "has_b", "root_b", "total_b") if name in {*names, "total_b"}
-        }
+    def undecided(self, dtype: torch.dtype) -> int:
+        """How many have a feature that `dtype` may find on the other side of the threshold."""
+        margin = ROUNDINGS * torch.finfo(dtype).eps * self.measures.abs().amax(-1, keepdim=True)
+        return int(((self.measures - self.how.threshold).abs() <= margin).any(-1).sum())
+
+
+ROUNDINGS = 4
+"""A measure is taken to be off by this many eps of its prototype's largest one."""
+
+
+def table_names(how: Combination) -> list[str]:
+    """Which attributes of :class:`Prototypes` the terms of a combination are made of."""
+    needed = {name for term in how.terms for name in _NEEDS[term]} | {"total_b"}
+    if "min" in how.terms and how.threshold < 0:
+        needed.add("has_b")
+    return [name for name in ("b", "has_b", "root_b", "total_b") if name in needed]
 
 
 class FrozenTerms(Terms):
-    """Terms between objects' measures `a` and tables of frozen prototypes (:attr:`Prototypes.tables`)."""
+    """Terms between objects' measures `a` and tables of frozen prototypes (:func:`table_names`)."""
 
     root_b: Tensor
 
@@ -85,25 +90,25 @@ class FrozenTerms(Terms):
         return linear(root(self.a), self.root_b)
 
 
-def single_product(
-    how: Combination, frozen: Prototypes, theta: Tensor, alpha: Tensor, beta: Tensor
-) -> tuple[Tensor, Tensor] | None:
-    """The similarity as ``[a⁺, 1ᵃ] · tableᵀ + bias``, where it is linear in a⁺, 1ᵃ and √a⁺; else None.
+def is_single(how: Combination) -> bool:
+    """Whether the similarity is linear in a⁺, 1ᵃ and √a⁺, and so one matrix product."""
+    linear_in = ("product", "mean") if how.semantics == "aggregate" else ("product", "mean", "gmean")
+    return how.model == "contrast" and how.difference == "ignorematch" and how.intersection in linear_in
+
+
+def single_product(frozen: Prototypes, theta: Tensor, alpha: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
+    """The similarity as ``[a⁺, 1ᵃ] · tableᵀ + bias``, or with √a⁺ as a third part; see :func:`is_single`.
 
     θ·f(A∩B) − α·(Σa⁺ − a⁺·1ᵇ) − β·(Σb⁺ − 1ᵃ·b⁺), with f(A∩B) = a⁺·b⁺, (a⁺·1ᵇ + 1ᵃ·b⁺)/2 or √a⁺·√b⁺.
 
     Returns:
         table [P, 2K], with √ [P, 3K], and bias [P], float64.
     """
-    per_feature = how.semantics != "aggregate"
-    linear_in = ("product", "mean", "gmean") if per_feature else ("product", "mean")
-    if how.model != "contrast" or how.difference != "ignorematch" or how.intersection not in linear_in:
-        return None
-    b, has_b = frozen.b, frozen.has_b
+    b, has_b, kind = frozen.b, frozen.has_b, frozen.how.intersection
     of_a, of_has = -alpha * (1 - has_b), beta * b
-    if how.intersection == "product":
+    if kind == "product":
         of_a = of_a + theta * b
-    elif how.intersection == "mean":
+    elif kind == "mean":
         of_a, of_has = of_a + theta / 2 * has_b, of_has + theta / 2 * b
-    parts = [of_a, of_has] + ([theta * frozen.root_b] if how.intersection == "gmean" else [])
+    parts = [of_a, of_has] + ([theta * frozen.root_b] if kind == "gmean" else [])
     return torch.cat(parts, -1), -beta * frozen.total_b

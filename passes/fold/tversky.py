@@ -1,6 +1,10 @@
-"""Fold a Tversky similarity to frozen prototypes into matrix products with constant tables."""
+"""Fold a Tversky similarity to frozen prototypes into products with constant tables, or into one reading of a table."""
 
 from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -8,13 +12,16 @@ from torch.fx import Node
 from torch.nn.functional import linear
 
 from fxfreeze.inline import inline
+from fxfreeze.kernels._op import at_most
 from fxfreeze.kernels._tversky import Combination, cast, combination, project, similarity, working_dtype
 from fxfreeze.kernels.tversky import KERNEL
+from fxfreeze.kernels.tversky_frozen import KERNEL as FROZEN
+from fxfreeze.kernels.tversky_frozen import MAX_ROWS
 from fxfreeze.program import Origin, Program
 from fxfreeze.rewrite import Context, NodeRewrite, NoMatch, Outcome, fail
 
 from .._operators import arguments
-from ._tversky import FrozenTerms, Prototypes, single_product
+from ._tversky import FrozenTerms, Prototypes, is_single, single_product, table_names
 
 GROWTH = 4
 """The tables may take this many times the bytes of the bank and the prototypes they are made from, and 16 MiB more."""
@@ -24,11 +31,14 @@ _FREE = 16 << 20
 class FoldTversky(NodeRewrite):
     """With the bank and the prototypes constant, b = Π·Ωᵀ and all that follows from it is computed once, in float64.
 
-    What is left are a = x·Ωᵀ, its indicator, and
+    What is left are a = x·Ωᵀ and one of three :class:`Form`:
 
-    * one product with a table [P, 2K] (gmean: [P, 3K]) for the contrast model where it is linear in the sums: product
-      and mean with ignorematch, and gmean feature by feature;
-    * otherwise one product per sum (at most three) and a pointwise epilogue; minima per feature stay a reduction.
+    * one product of [a⁺, 1ᵃ] with a table [P, 2K] (gmean: [P, 3K]) for the contrast model where it is linear in the
+      sums: product and mean with ignorematch, and gmean feature by feature;
+    * else one product per sum (at most three) and a pointwise epilogue; minima per feature stay a reduction;
+    * ``fxfreeze::tversky_frozen``, which makes all sums of one reading of b, and for a row reads only the features it
+      has: on a CPU for few rows, as far as the declared sizes tell, and for minima per feature; on a GPU where nothing
+      but the torch target, which launches its kernels, is asked for.
 
     Half precision is computed in float32, as the operator does: an indicator rounds to the wrong side too easily.
     """
@@ -41,60 +51,133 @@ class FoldTversky(NodeRewrite):
     def rewrite(self, program: Program, node: Node, ctx: Context) -> bool | NoMatch:
         given = arguments(node)
         names = ("features", "prototypes", "theta", "alpha", "beta")
-        values = [program.constant64(given[name]) for name in names]
-        computed = [name for name, value in zip(names, values, strict=True) if value is None]
+        computed = [name for name in names if given[name].op != "get_attr"]
         if computed:
             return fail(f"{' and '.join(computed)} computed in the graph, not constant", node)
-        how = _combination(node)
-        frozen = Prototypes.of(how, *values[:2], normalize=given["normalize"])  # type: ignore[arg-type]
-        single = single_product(how, frozen, *values[2:])  # type: ignore[arg-type]
-        tables = frozen.tables if single is None else {"table": single[0], "bias": single[1]}
-        dtype = working_dtype(given["x"].meta["val"])
-        size = sum(value.numel() for value in tables.values()) * dtype.itemsize
+        how, dtype = _combination(node), working_dtype(given["x"].meta["val"])
+        form = choose(program, node, how, ctx.plan.targets)
+        size = sum(map(math.prod, form.shapes.values())) * dtype.itemsize
         limit = _FREE + GROWTH * sum(program.state.tensor(str(given[name].target)).nbytes for name in names[:2])
         if size > limit:
-            return fail(f"its tables would take {size / 2**20:.1f} MiB, the limit is {limit / 2**20:.1f}", node)
-        _report(
-            program, ctx, node, "rewritten",
-            executes=f"{'one matrix product' if single else 'matrix products'} with "
-                     + ", ".join(f"{name} {list(value.shape)}" for name, value in tables.items() if value.dim() == 2),
-            detail=f"{size / 2**20:.1f} MiB of tables, made once instead of in every call",
-        )  # fmt: skip
+            return fail(f"its tables would take {_mib(size)}, the limit is {_mib(limit)}", node)
+        features, prototypes, *weights = (program.constant64(given[name]) for name in names)
+        frozen = Prototypes(how, features, prototypes, normalize=given["normalize"])  # type: ignore[arg-type]
+        details = [f"{_mib(size)} of tables, made once and not in every call", *_remarks(program, node, frozen, dtype)]
+        _report(program, ctx, node, "rewritten", executes=form.says, detail="; ".join(details))
         node.meta.pop("fxfreeze", None)  # what takes its place is no step's any more
-        constants = {name: program.add_constant(f"{_path(program, node)}.{name}", value, dtype=dtype, before=node,
-                                                like=node) for name, value in tables.items()}  # fmt: skip
-        build = _products if single is None else _product
-        program.replace(node, build(program, node, how, constants))
+        path = program.module_path(node) or node.name
+        constants = {name: program.add_constant(f"{path}.{name}", value, dtype=dtype, before=node, like=node)
+                     for name, value in form.tables(frozen, *weights).items()}  # fmt: skip
+        program.replace(node, form.build(program, node, how, constants))
         return True
 
 
-def _product(program: Program, node: Node, how: Combination, constants: dict[str, Node]) -> Node:
+@dataclass(frozen=True)
+class Form:
+    """One way to compute a similarity to frozen prototypes.
+
+    Attributes:
+        says: what executes, for the ledger.
+        shapes: of the tables, by name.
+        tables: the frozen prototypes and θ, α, β to the tables, float64.
+        build: puts the operators into the graph, given nodes of the tables; returns the result's node.
+    """
+
+    says: str
+    shapes: Mapping[str, tuple[int, ...]]
+    tables: Callable[..., dict[str, Tensor]]
+    build: Callable[[Program, Node, Combination, dict[str, Node]], Node]
+
+
+def choose(program: Program, node: Node, how: Combination, targets: Sequence[str]) -> Form:
+    """By device, number of rows and targets; see :class:`FoldTversky`."""
     given = arguments(node)
-
-    def function(x: Tensor, features: Tensor, table: Tensor, bias: Tensor) -> Tensor:
-        a = project(x, features, given["normalize"])
-        has = (a > how.threshold).to(a.dtype)
-        present = a * has
-        parts = [present, has]
-        if table.shape[1] > 2 * a.shape[-1]:
-            parts.append(present.sqrt())
-        return cast(linear(torch.cat(parts, -1), table, bias), x.dtype)
-
-    operands = given["x"], given["features"], constants["table"], constants["bias"]
-    return inline(program, function, *operands, before=node, like=node)
+    x, features = given["x"].meta["val"], given["features"].meta["val"].shape[0]
+    prototypes = given["prototypes"].meta["val"].shape[0]
+    if x.device.type == "cpu":
+        once = "softmin" not in how.terms and ("min" in how.terms or at_most(math.prod(x.shape[:-1]), MAX_ROWS))
+    else:
+        once = tuple(targets) == ("torch",)
+    if once:
+        return _once(features, prototypes)
+    return _single(how, features, prototypes) if is_single(how) else _sums(how, features, prototypes)
 
 
-def _products(program: Program, node: Node, how: Combination, constants: dict[str, Node]) -> Node:
-    given, names = arguments(node), list(constants)
+def _once(features: int, prototypes: int) -> Form:
+    def tables(frozen: Prototypes, *weights: Tensor) -> dict[str, Tensor]:
+        return {"measures": frozen.measures.T.contiguous(), "totals": frozen.total_b}
 
-    def function(x: Tensor, features: Tensor, theta: Tensor, alpha: Tensor, beta: Tensor, *tables: Tensor) -> Tensor:
-        a = project(x, features, given["normalize"])
-        terms = FrozenTerms(a, how.threshold, dict(zip(names, tables, strict=True)))
-        scores = similarity(how, terms, *(cast(weight, a.dtype) for weight in (theta, alpha, beta)))
-        return cast(scores, x.dtype)
+    def build(program: Program, node: Node, how: Combination, constants: dict[str, Node]) -> Node:
+        given = arguments(node)
+        kinds = {key: given[key] for key in ("model", "intersection", "difference", "semantics", "threshold")}
 
-    weights = (given[name] for name in ("x", "features", "theta", "alpha", "beta"))
-    return inline(program, function, *weights, *constants.values(), before=node, like=node)
+        def function(x: Tensor, bank: Tensor, *rest: Tensor) -> Tensor:
+            return FROZEN.op(project(x, bank, given["normalize"]), *rest, **kinds, dtype=x.dtype)
+
+        weights = (given[name] for name in ("theta", "alpha", "beta"))
+        return inline(program, function, given["x"], given["features"], *constants.values(), *weights, before=node,
+                      like=node)  # fmt: skip
+
+    shapes = {"measures": (features, prototypes), "totals": (prototypes,)}
+    return Form(f"{FROZEN.op}, which reads measures {[features, prototypes]} once", shapes, tables, build)
+
+
+def _single(how: Combination, features: int, prototypes: int) -> Form:
+    def tables(frozen: Prototypes, *weights: Tensor) -> dict[str, Tensor]:
+        return dict(zip(("table", "bias"), single_product(frozen, *weights), strict=True))
+
+    def build(program: Program, node: Node, how: Combination, constants: dict[str, Node]) -> Node:
+        given = arguments(node)
+
+        def function(x: Tensor, bank: Tensor, table: Tensor, bias: Tensor) -> Tensor:
+            a = project(x, bank, given["normalize"])
+            has = (a > how.threshold).to(a.dtype)
+            present = a * has
+            parts = [present, has] if how.intersection != "gmean" else [present, has, present.sqrt()]
+            return cast(linear(torch.cat(parts, -1), table, bias), x.dtype)
+
+        operands = given["x"], given["features"], constants["table"], constants["bias"]
+        return inline(program, function, *operands, before=node, like=node)
+
+    shape = (prototypes, (3 if how.intersection == "gmean" else 2) * features)
+    return Form(
+        f"one matrix product with a table {list(shape)}", {"table": shape, "bias": (prototypes,)}, tables, build
+    )
+
+
+def _sums(how: Combination, features: int, prototypes: int) -> Form:
+    names = table_names(how)
+
+    def tables(frozen: Prototypes, *weights: Tensor) -> dict[str, Tensor]:
+        return {name: getattr(frozen, name) for name in names}
+
+    def build(program: Program, node: Node, how: Combination, constants: dict[str, Node]) -> Node:
+        given = arguments(node)
+
+        def function(x: Tensor, bank: Tensor, theta: Tensor, alpha: Tensor, beta: Tensor, *rest: Tensor) -> Tensor:
+            a = project(x, bank, given["normalize"])
+            terms = FrozenTerms(a, how.threshold, dict(zip(names, rest, strict=True)))
+            scores = similarity(how, terms, *(cast(weight, a.dtype) for weight in (theta, alpha, beta)))
+            return cast(scores, x.dtype)
+
+        operands = (given[name] for name in ("x", "features", "theta", "alpha", "beta"))
+        return inline(program, function, *operands, *constants.values(), before=node, like=node)
+
+    shapes = {name: (prototypes, features) if name != "total_b" else (prototypes,) for name in names}
+    says = ", ".join(f"{name} {list(shape)}" for name, shape in shapes.items() if len(shape) == 2)
+    return Form(f"a matrix product per sum, with {says}", shapes, tables, build)
+
+
+def _remarks(program: Program, node: Node, frozen: Prototypes, dtype: torch.dtype) -> Iterator[str]:
+    given = arguments(node)["prototypes"]
+    if not program.readers(given) <= {node}:
+        yield "the prototypes stay as well, for something else reads them"
+    if count := frozen.undecided(dtype):
+        yield f"{count} of {len(frozen.measures)} prototypes have a feature within rounding of the threshold"
+
+
+def _mib(count: int) -> str:
+    return f"{count / 2**20:.1f} MiB"
 
 
 def _combination(node: Node) -> Combination:
@@ -109,7 +192,3 @@ def _report(program: Program, ctx: Context, node: Node, outcome: Outcome, *, exe
         site=site, step=step, requested=f"Tversky {how.model}, {how.intersection}, {how.difference}, {how.semantics}",
         outcome=outcome, executes=executes, detail=detail,
     )  # fmt: skip
-
-
-def _path(program: Program, node: Node) -> str:
-    return program.module_path(node) or node.name

@@ -18,6 +18,7 @@ from fxfreeze.api import rewrite
 from fxfreeze.capture import capture
 from fxfreeze.kernels import _tversky as maths
 from fxfreeze.kernels.tversky import KERNEL
+from fxfreeze.kernels.tversky_frozen import KERNEL as FROZEN
 from fxfreeze.passes.fold import tversky as module
 from fxfreeze.passes.fold.tversky import FoldTversky
 from fxfreeze.pipeline import run_passes
@@ -41,8 +42,10 @@ class Head(nn.Module):
         return KERNEL.op(x, self.bank, self.prototypes, *self.weights, **self.how)
 
 
-def folded(model: nn.Module, *shape: int | str, dtype: str = "float32") -> tuple[Program, list[LedgerRow], nn.Module]:
-    plan = fz.Plan(inputs=[fz.Input("x", shape=shape or ("batch", 6), dtype=dtype)])
+def folded(
+    model: nn.Module, *shape: int | str, dtype: str = "float32", **dims: Any
+) -> tuple[Program, list[LedgerRow], nn.Module]:
+    plan = fz.Plan(inputs=[fz.Input("x", shape=shape or ("batch", 6), dtype=dtype)], dims=dims)
     program, _ = capture(model.eval(), plan)
     assert operators(program) == [str(KERNEL.op)]
     ctx = Context(plan)
@@ -64,8 +67,70 @@ def test_every_combination_is_folded_and_proven(model: str, intersection: str, d
     linear = intersection in ("product", "mean") or (intersection == "gmean" and semantics != "aggregate")
     single = model == "contrast" and difference == "ignorematch" and linear
     assert row.executes.startswith("one matrix product") == single
-    products = operators(program).count("aten.linear.default") - 1  # the first is x·Ωᵀ
-    assert products == (1 if single else len(maths.combination(**head.how, threshold=0).terms - {"min", "softmin"}))
+    terms = maths.combination(**head.how, threshold=0).terms
+    once = terms & {"min", "softmin"} == {"min"}
+    assert (str(FROZEN.op) in operators(program)) == once
+    if not once:
+        products = operators(program).count("aten.linear.default") - 1  # the first is x·Ωᵀ
+        assert products == (1 if single else len(terms - {"min", "softmin"}))
+
+
+@pytest.mark.parametrize(("model", "intersection", "difference", "semantics"), CHOICES)
+def test_few_rows_read_their_measures_once(model: str, intersection: str, difference: str, semantics: str) -> None:
+    head = Head(model=model, intersection=intersection, difference=difference, semantics=semantics)
+    program, (row,), _ = folded(head, 2, 6)
+    once = "softmin" not in maths.combination(**head.how, threshold=0).terms
+    assert (str(FROZEN.op) in operators(program)) == once == row.executes.endswith("once")
+    if once:
+        assert operators(program) == ["aten.linear.default", str(FROZEN.op)]
+        x = torch.randn(2, 6)
+        torch.testing.assert_close(program.run(x)[0], head(x), rtol=1e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize(
+    ("shape", "dims", "few"),
+    [
+        ((6,), {}, True),
+        ((8, 6), {}, True),
+        ((9, 6), {}, False),
+        ((2, 4, 6), {}, True),
+        (("batch", 4, 6), {"batch": fz.Dim(max=2)}, True),
+        (("batch", 4, 6), {"batch": fz.Dim(max=3)}, False),
+        (("batch", 6), {}, False),
+    ],
+)
+def test_how_many_rows_there_may_be_is_read_off_the_declared_sizes(shape: Any, dims: Any, few: bool) -> None:
+    program, *_ = folded(Head(), *shape, **dims)
+    assert (str(FROZEN.op) in operators(program)) == few
+
+
+@pytest.mark.parametrize(("targets", "once"), [(("torch",), True), (("torch", "onnx"), False), (("aoti",), False)])
+def test_a_gpu_launches_kernels_where_only_torch_is_asked_for(targets: Any, once: bool) -> None:
+    program, _ = capture(Head().eval(), fz.Plan(inputs=[fz.Input("x", shape=("batch", 6))]))
+    (node,) = program.graph.find_nodes(op="call_function", target=KERNEL.op)
+    x = node.args[0]
+    with program.fake_mode:
+        x.meta["val"] = torch.empty(x.meta["val"].shape, device="cuda")
+    how = maths.combination(**Head().how, threshold=0.0)
+    assert (str(FROZEN.op) in module.choose(program, node, how, targets).says) == once
+
+
+def test_prototypes_that_something_else_reads_stay() -> None:
+    class Tied(Head):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) + x @ self.prototypes.T
+
+    plan = fz.Plan(inputs=[fz.Input("x", shape=("batch", 6))], targets=())
+    (row,) = rewrite(Tied().eval(), plan).ledger
+    assert row.detail.endswith("the prototypes stay as well, for something else reads them")
+
+
+def test_prototypes_at_the_threshold_are_counted() -> None:
+    head = Head()
+    with torch.no_grad():
+        head.bank[0], head.prototypes[3] = 1.0, torch.tensor([1, -1, 1, -1, 1, -1 + 2**-23])
+    _, (row,), _ = folded(head)
+    assert row.detail.endswith("1 of 5 prototypes have a feature within rounding of the threshold")
 
 
 @pytest.mark.parametrize("how", [{"normalize": True}, {"threshold": 0.8}, {"normalize": True, "threshold": -0.2}])
@@ -133,10 +198,10 @@ def test_the_tables_are_all_that_is_left_of_the_prototypes() -> None:
 def test_a_wrong_table_is_not_exact(mutant: str, monkeypatch: pytest.MonkeyPatch) -> None:
     right = module.single_product
 
-    def wrong(how: Any, frozen: Any, theta: Tensor, alpha: Tensor, beta: Tensor) -> Any:
+    def wrong(frozen: Any, theta: Tensor, alpha: Tensor, beta: Tensor) -> Any:
         if mutant == "alpha and beta":
-            return right(how, frozen, theta, beta, alpha)
-        table, bias = right(how, frozen, theta, alpha, beta)  # type: ignore[misc]
+            return right(frozen, theta, beta, alpha)
+        table, bias = right(frozen, theta, alpha, beta)
         if mutant == "bias":
             return table, 0 * bias
         half = table.shape[1] // 2
