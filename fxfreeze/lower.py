@@ -2,14 +2,14 @@
 
 The torch target runs the program's own graph module, so an operator of ours stays one call there. AOTInductor and ONNX
 take a ``torch.export.ExportedProgram`` in which every operator of ours has become its plain-torch reference (rule 1 of
-the design: one op, one reference).
+the design: one op, one reference). AOTInductor keeps one whose C++ form supports its arguments: that C++ is compiled in.
 """
 
 from __future__ import annotations
 
 import importlib
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -40,18 +40,43 @@ class Lowering:
 
     @cached_property
     def exported(self) -> ExportedProgram:
+        """Operators of ours decomposed into their references."""
         return export(self.program, examples=self.examples)
+
+    @cached_property
+    def native(self) -> ExportedProgram:
+        """As `exported`, with the C++ form of operators of ours where it supports the arguments; for AOTInductor."""
+        table = natives()
+        if not any(node.target in table for node in self.program.graph.nodes):
+            return self.exported
+        return export(self.program, table=references() | table, examples=self.examples)
 
 
 def references() -> dict[Any, Callable[..., Any]]:
     """Operator → its plain-torch reference, of every kernel there is (``OPS`` in ``kernels/_op.py``)."""
+    return {kernel.op: kernel.reference for kernel in _kernels()}
+
+
+def natives() -> dict[Any, Callable[..., Any]]:
+    """Operator → what it becomes for AOTInductor, of every kernel with a C++ form: decided call by call."""
+    return {kernel.op: kernel.lowered for kernel in _kernels() if kernel.native is not None}
+
+
+def shims(exported: ExportedProgram) -> dict[Any, list[str]]:
+    """C++ forms that `exported` calls → their source, as Inductor's ``aot_inductor.custom_ops_to_c_shims``."""
+    present = {node.target for node in exported.graph.nodes}
+    forms = {kernel.native_op: kernel for kernel in _kernels() if kernel.native is not None}
+    return {op: [kernel.shim()] for op, kernel in forms.items() if op in present}
+
+
+def _kernels() -> Collection[Any]:
     try:
         kernels = importlib.import_module(_KERNELS)
     except ModuleNotFoundError as error:
         if error.name != _KERNELS:
             raise
-        return {}
-    return {kernel.op: kernel.reference for kernel in kernels.OPS.values()}
+        return ()
+    return kernels.OPS.values()
 
 
 def lower(
