@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import getpass
 import hashlib
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -87,9 +89,13 @@ def build(name: str, command: list[str]) -> Path:
 
 
 def _cache() -> Path:
-    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
-
-    return Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR") or default_cache_dir()) / "fxfreeze"
+    """In Inductor's folder, whose own function for it takes seconds to import."""
+    try:
+        user = re.sub(r'[\\/:*?"<>|]', "_", getpass.getuser())
+    except (KeyError, OSError):
+        user = "unknown_user"
+    inductor = os.environ.get("TORCHINDUCTOR_CACHE_DIR") or f"{tempfile.gettempdir()}/torchinductor_{user}"
+    return Path(inductor) / "fxfreeze"
 
 
 def _cpu() -> str:

@@ -56,9 +56,7 @@ class Combination:
         return _intersection_terms(self) | _difference_terms(self)
 
 
-def combination(
-    model: str, intersection: str, difference: str, semantics: str, threshold: float = 0.0
-) -> Combination:
+def combination(model: str, intersection: str, difference: str, semantics: str, threshold: float = 0.0) -> Combination:
     """The checked combination.
 
     Raises:

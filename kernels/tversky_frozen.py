@@ -1,4 +1,4 @@
-"""``fxfreeze::tversky_frozen``: ``fxfreeze::tversky`` from the objects' measures on, with prototypes that no longer change.
+"""``fxfreeze::tversky_frozen``: ``fxfreeze::tversky`` from measures on, with prototypes that no longer change.
 
 The measures Ω·Πᵀ of the prototypes, computed once, are an argument. They are stored with the prototypes of one feature
 next to each other, so that few objects need to read only the features that are present in them.

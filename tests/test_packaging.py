@@ -121,7 +121,7 @@ def test_wheel_holds_one_top_level_name(tree: Path, archives: tuple[Path, Path])
     with zipfile.ZipFile(archives[1]) as wheel:
         names = wheel.namelist()
     assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {"fxfreeze"}
-    assert "fxfreeze/py.typed" in names
+    assert {"fxfreeze/py.typed", "fxfreeze/kernels/tversky_frozen.cpp"} <= set(names)
     for package, folder in packages_in(tree).items():
         for file in folder.glob("*.py"):
             assert f"{package.replace('.', '/')}/{file.name}" in names
@@ -146,6 +146,7 @@ def test_sdist_holds_the_sources(tree: Path, archives: tuple[Path, Path]) -> Non
     with tarfile.open(archives[0]) as sdist:
         names = {name.partition("/")[2] for name in sdist.getnames()}
     sources = [file.relative_to(tree).as_posix() for f in packages_in(tree).values() for file in f.glob("*.py")]
+    sources += [file.relative_to(tree).as_posix() for file in (tree / "kernels").glob("*.cpp")]
     assert {"pyproject.toml", "README.md", "LICENSE", "fxfreeze/py.typed", *sources} <= names
 
 

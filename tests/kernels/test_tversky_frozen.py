@@ -137,7 +137,7 @@ def test_refusals(name, value, message):
 
 
 def test_the_dtype_of_a_result_is_a_floating_one():
-    with pytest.raises(ValueError, match="the result's dtype torch.int32 is not a floating one"):
+    with pytest.raises(ValueError, match=r"the result's dtype torch\.int32 is not a floating one"):
         FROZEN.op(*freeze(draw(5)), **named(SOME[0]), dtype=torch.int32)
 
 

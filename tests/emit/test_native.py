@@ -1,0 +1,97 @@
+"""An operator with a form in C++: kept for AOTInductor where it serves, and compiled into the package."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+from torch import nn
+
+from fxfreeze import Dim, Input, Plan
+from fxfreeze.capture import capture
+from fxfreeze.emit import aoti
+from fxfreeze.kernels._op import OPS
+from fxfreeze.lower import Lowering, shims
+
+KERNEL = OPS["tversky_frozen"]
+
+
+class Head(nn.Module):
+    def __init__(self, **kind):
+        super().__init__()
+        torch.manual_seed(0)
+        measures = torch.randn(37, 1000)
+        self.register_buffer("features", torch.randn(37, 6))
+        self.register_buffer("measures", measures)
+        self.register_buffer("totals", measures.clamp_min(0).sum(0))
+        for name, value in (("theta", 1.3), ("alpha", 0.4), ("beta", 0.7)):
+            self.register_buffer(name, torch.tensor(value))
+        kind = {"intersection": "min", "semantics": "aggregate", **kind}
+        self.kind = {"model": "contrast", "difference": "subtractmatch", **kind}
+
+    def forward(self, x):
+        weights = (self.measures, self.totals, self.theta, self.alpha, self.beta)
+        return torch.ops.fxfreeze.tversky_frozen(x @ self.features.T, *weights, **self.kind)
+
+
+def lowered(largest=8, shape=("n", 6), **kind):
+    dims = {"n": Dim(max=largest)} if largest else {}
+    return Lowering(capture(Head(**kind).eval(), Plan(inputs=[Input("x", shape=shape)], dims=dims))[0])
+
+
+def ours(exported):
+    return [str(node.target) for node in exported.graph.nodes if "fxfreeze" in str(node.target)]
+
+
+@pytest.mark.parametrize(
+    ("largest", "shape", "kind", "kept"),
+    [
+        (8, ("n", 6), {}, True),
+        (9, ("n", 6), {}, False),
+        (None, ("n", 6), {}, False),
+        (4, ("n", 2, 6), {}, True),
+        (5, ("n", 2, 6), {}, False),
+        (8, ("n", 6), {"intersection": "softmin"}, True),
+        (8, ("n", 6), {"intersection": "softmin", "semantics": "per_feature"}, False),
+    ],
+    ids=str,
+)
+def test_it_is_kept_where_it_serves(largest, shape, kind, kept):
+    lowering = lowered(largest, shape, **kind)
+    assert ours(lowering.native) == (["fxfreeze.tversky_frozen_native.default"] if kept else [])
+    assert list(shims(lowering.native)) == ([KERNEL.native_op] if kept else [])
+    assert ours(lowering.exported) == []
+    for n in (1, 3):
+        x = torch.randn(n, *(size for size in shape if isinstance(size, int)))
+        (found,), want = lowering.native.module()(x), Head(**kind)(x)
+        assert (found - want).abs().max() < 1e-6 * want.abs().max()
+
+
+def test_without_such_an_operator_there_is_one_export():
+    lowering = Lowering(capture(nn.Linear(6, 2).eval(), Plan(inputs=[Input("x", shape=("n", 6))]))[0])
+    assert lowering.native is lowering.exported
+
+
+@pytest.mark.slow
+def test_a_package_runs_without_us(tmp_path):
+    """A dynamic batch, in a process that cannot import fxfreeze."""
+    aoti.emit(lowered(), tmp_path)
+    inputs = [torch.randn(n, 6) for n in (1, 2, 8)]
+    torch.save([inputs, [Head()(x) for x in inputs]], tmp_path / "cases.pt")
+    code = textwrap.dedent("""
+        import sys, torch
+        sys.modules["fxfreeze"] = None
+        inputs, want = torch.load("cases.pt")
+        model = torch._inductor.aoti_load_package("model.pt2")
+        found = [model(x)[0] for x in inputs]
+        print(max(float((one - other).abs().max() / other.abs().max()) for one, other in zip(found, want)))
+        print(any(name.startswith("fxfreeze") and sys.modules[name] for name in sys.modules))
+        assert not hasattr(torch.ops.fxfreeze, "tversky_frozen_native")
+    """)
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    error, imported = done.stdout.split()
+    assert float(error) < 1e-6 and imported == "False"
