@@ -10,7 +10,6 @@ sequence length, for token models) are symbolic. Nothing in fxfreeze knows these
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing as mp
 import shlex
 import sys
@@ -141,15 +140,6 @@ def run_one(name: str, targets: tuple[str, ...], verify: str, limit: float) -> d
     return row
 
 
-def write(file: Path, row: dict[str, Any]) -> None:
-    """Put `row` in the place of the line of its name, or at the end."""
-    lines = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-    rows = {line["name"]: line for line in lines} | {row["name"]: row}
-    partial = file.with_name(file.name + ".partial")
-    partial.write_text("".join(json.dumps(line) + "\n" for line in rows.values()))
-    partial.replace(file)
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="*", help="globs over names, comma-separated, such as timm/vit*")
@@ -170,7 +160,7 @@ def main() -> int:
         said = f"{'ok  ' if row['ok'] else 'FAIL'} {name} {row.get('seconds', '')} {row.get('error', '')}"
         print(said[:600], flush=True)
         if options.out:
-            write(options.out, {**row, "verify": options.verify, **shared})
+            record.replace_row(options.out, {**row, "verify": options.verify, **shared})
     print(f"{good} of {len(chosen)} architectures compiled with targets {list(targets)} and verify={options.verify!r}")
     return 0 if good == len(chosen) else 1
 

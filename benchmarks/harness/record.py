@@ -137,6 +137,15 @@ class Writer:
             self.partial.replace(self.path)
 
 
+def replace_row(path: Path, row: dict[str, Any]) -> None:
+    """Put `row` in the place of the line of its ``name``, or at the end, so that a file can be made in parts."""
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+    rows = {line["name"]: line for line in lines} | {row["name"]: row}
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text("".join(json.dumps(line) + "\n" for line in rows.values()), encoding="utf-8")
+    partial.replace(path)
+
+
 def row(measurement: Measurement, shared: Environment) -> dict[str, Any]:
     return asdict(shared) | asdict(measurement)
 
