@@ -52,7 +52,7 @@ def proven(row: dict[str, Any]) -> bool:
 
 # Building with torch takes the most time, so one layer does; the real runs build everything with everything.
 @pytest.mark.slow
-@pytest.mark.parametrize(("layer", "targets"), zip(tversky_mnist.LAYERS, [("torch", "onnx"), ("onnx",)]))
+@pytest.mark.parametrize(("layer", "targets"), list(zip(tversky_mnist.LAYERS, [("torch", "onnx"), ("onnx",)])))
 def test_digits_are_predicted_the_same_in_every_target(layer: str, targets: tuple[str, ...]):
     pytest.importorskip("onnxruntime")
     pytest.importorskip("tversky")
