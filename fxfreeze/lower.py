@@ -2,8 +2,8 @@
 
 The torch target runs the program's own graph module, so an operator of ours stays one call there. AOTInductor and ONNX
 take a ``torch.export.ExportedProgram`` in which every operator of ours has become its plain-torch reference (rule 1 of
-the design: one op, one reference). For AOTInductor, one whose C++ form supports its
-arguments becomes that form, which is compiled in.
+the design: one op, one reference). For AOTInductor, one whose C++ form supports its arguments becomes that form, which
+is compiled in.
 """
 
 from __future__ import annotations

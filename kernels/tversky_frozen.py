@@ -75,7 +75,7 @@ def reference(
         ValueError: an unknown name, or shapes or dtypes other than the above.
     """
     how = combination(model, intersection, difference, semantics, threshold)
-    _check(a, measures, totals, theta, alpha, beta, dtype)
+    _check(a, measures, totals, theta, alpha, beta, dtype=dtype)
     terms = Terms(a, measures.T, threshold, min_sum, totals)
     score = similarity(how, terms, *(weight.to(a.dtype) for weight in (theta, alpha, beta)))
     return score.to(dtype or a.dtype)
@@ -89,7 +89,7 @@ def fake(
     a: Tensor, measures: Tensor, totals: Tensor, *weights: Tensor, dtype: torch.dtype | None = None, **how: Any
 ) -> Tensor:
     combination(**how)
-    _check(a, measures, totals, *weights, dtype)
+    _check(a, measures, totals, *weights, dtype=dtype)
     return a.new_empty((*a.shape[:-1], measures.shape[1]), dtype=dtype or a.dtype)
 
 
@@ -100,6 +100,7 @@ def _check(
     theta: Tensor,
     alpha: Tensor,
     beta: Tensor,
+    *,
     dtype: torch.dtype | None,
 ) -> None:
     if a.dtype not in (torch.float32, torch.float64) or a.dim() == 0 or a.shape[-1] < 1:
@@ -140,7 +141,7 @@ def launch(
     """As :func:`reference`; for more than 8 objects, measures are rounded to half a `dtype` before they multiply."""
     from ._tversky_triton import MAX_ROWS, rows, tiled
 
-    _check(a, measures, totals, theta, alpha, beta, dtype)
+    _check(a, measures, totals, theta, alpha, beta, dtype=dtype)
     kind, dtype = combination(**how), dtype or a.dtype
     flat, b = a.reshape(-1, a.shape[-1]), measures.contiguous()
     weights = (theta.float(), alpha.float(), beta.float())
@@ -179,7 +180,7 @@ def native_apply(
     **how: Any,
 ) -> Tensor:
     """As :func:`reference`; an infinite measure of a prototype shows only where the object has the feature."""
-    _check(a, measures, totals, theta, alpha, beta, dtype)
+    _check(a, measures, totals, theta, alpha, beta, dtype=dtype)
     kind = combination(**how)
     score = torch.ops.fxfreeze.tversky_frozen_native(
         a.reshape(-1, a.shape[-1]).contiguous(), measures, totals.contiguous(),
