@@ -20,6 +20,7 @@ from torch import Tensor
 from ._native import call
 from ._op import Kernel, Native, at_most, register
 from ._tversky import (
+    Combination,
     Terms,
     cast,
     check_matrix,
@@ -162,10 +163,17 @@ MAX_ROWS = 8
 
 
 def native_supports(a: Tensor, measures: Tensor, *others: Tensor, dtype: torch.dtype | None = None, **how: Any) -> bool:
-    """Few objects, and no logarithm per feature; a copy of strided measures would cost more than is saved."""
+    """A copy of strided measures would cost more than is saved."""
     on_cpu = all(value.device.type == "cpu" for value in (a, measures, *others))
-    few = at_most(math.prod(a.shape[:-1]), MAX_ROWS)
-    return on_cpu and few and measures.is_contiguous() and "softmin" not in combination(**how).terms
+    return on_cpu and measures.is_contiguous() and suits_cpu(combination(**how), math.prod(a.shape[:-1]))
+
+
+def suits_cpu(how: Combination, objects: int | torch.SymInt) -> bool:
+    """Is the C++ the fastest form? For few objects, and for minima per feature, which no matrix product makes.
+
+    There is none for a logarithm per feature.
+    """
+    return "softmin" not in how.terms and ("min" in how.terms or at_most(objects, MAX_ROWS))
 
 
 def native_apply(

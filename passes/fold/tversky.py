@@ -12,11 +12,10 @@ from torch.fx import Node
 from torch.nn.functional import linear
 
 from fxfreeze.inline import inline
-from fxfreeze.kernels._op import at_most
 from fxfreeze.kernels._tversky import Combination, cast, combination, project, similarity, working_dtype
 from fxfreeze.kernels.tversky import KERNEL
 from fxfreeze.kernels.tversky_frozen import KERNEL as FROZEN
-from fxfreeze.kernels.tversky_frozen import MAX_ROWS
+from fxfreeze.kernels.tversky_frozen import suits_cpu
 from fxfreeze.program import Origin, Program
 from fxfreeze.rewrite import Context, NodeRewrite, NoMatch, Outcome, fail
 
@@ -95,7 +94,7 @@ def choose(program: Program, node: Node, how: Combination, targets: Sequence[str
     x, features = given["x"].meta["val"], given["features"].meta["val"].shape[0]
     prototypes = given["prototypes"].meta["val"].shape[0]
     if x.device.type == "cpu":
-        once = "softmin" not in how.terms and ("min" in how.terms or at_most(math.prod(x.shape[:-1]), MAX_ROWS))
+        once = suits_cpu(how, math.prod(x.shape[:-1]))
     else:
         once = tuple(targets) == ("torch",)
     if once:
