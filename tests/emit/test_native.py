@@ -49,11 +49,11 @@ def ours(exported):
 @pytest.mark.parametrize(
     ("largest", "shape", "kind", "kept"),
     [
-        (8, ("n", 6), {}, True),
-        (9, ("n", 6), {}, False),
+        (16, ("n", 6), {}, True),
+        (17, ("n", 6), {}, False),
         (None, ("n", 6), {}, False),
-        (4, ("n", 2, 6), {}, True),
-        (5, ("n", 2, 6), {}, False),
+        (8, ("n", 2, 6), {}, True),
+        (9, ("n", 2, 6), {}, False),
         (8, ("n", 6), {"intersection": "softmin"}, True),
         (8, ("n", 6), {"intersection": "softmin", "semantics": "per_feature"}, False),
     ],

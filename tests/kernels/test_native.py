@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -147,6 +148,23 @@ def test_the_text_stands_alone(tmp_path):
             command = ["-std=c++17", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Werror", "-fsyntax-only"]
             file = _native.FOLDER / kernel.native.source
             subprocess.run([*_native.compiler(), *command, str(file)], check=True, capture_output=True)
+
+
+def test_the_loops_are_vectors_in_a_package(tmp_path):
+    """Inductor compiles it at -O1, without the vectoriser, and with square roots that set errno."""
+    command, text = _native.compiler(), _native.source("tversky_frozen.cpp")
+    version = subprocess.run([*command, "--version"], capture_output=True, text=True).stdout
+    if "Free Software Foundation" not in version:
+        pytest.skip("GCC says what it made vectors of")
+    flags = ["-O1", "-fno-tree-loop-vectorize", "-fmath-errno", "-ffp-contract=off", "-fno-trapping-math"]
+    flags += ["-fopenmp", "-fopt-info-vec-optimized", "-c", "-o", str(tmp_path / "text.o")]
+    file = _native.FOLDER / "tversky_frozen.cpp"
+    report = subprocess.run([*command, *flags, str(file)], capture_output=True, text=True, check=True).stderr
+    vectors = [int(line) for line in re.findall(r"tversky_frozen\.cpp:(\d+):.*loop vectorized", report)]
+    adding, finishing = (number for number, line in enumerate(text.splitlines(), 1) if line == "#pragma omp simd")
+    # Two types, one feature or four, six sets of sums without a root.
+    assert sum(adding < line < adding + 12 for line in vectors) >= 2 * 2 * 6
+    assert sum(finishing < line < finishing + 3 for line in vectors) > 10
 
 
 def test_an_upper_bound_of_a_symbol():

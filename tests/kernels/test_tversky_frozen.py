@@ -176,9 +176,9 @@ def test_native(kind, dtype):
 
 @pytest.mark.parametrize("kind", SOME[2:], ids="-".join)
 def test_native_in_chunks_and_threads(kind):
-    """Three chunks of columns for one thread, and one or two for each of two; 17 blocks of features."""
+    """Three chunks of columns for one thread, and 17 blocks of features; eight objects, and then three."""
     threads = torch.get_num_threads()
-    for count, rows in itertools.product((1, 2, 7), (1, 2)):
+    for count, rows in itertools.product((1, 2, 7), (1, 11)):
         torch.set_num_threads(count)
         try:
             agrees(measured(rows, 9001, depth=260), **named(kind))
@@ -250,12 +250,12 @@ def test_native_rounds_once(dtype):
 
 
 def test_what_the_native_form_leaves_to_plain_torch():
-    arguments, kind = measured(8, 50), named(SOME[0])
+    arguments, kind = measured(16, 50), named(SOME[0])
     assert NATIVE.supports(*arguments, **kind)
-    assert not NATIVE.supports(*measured(9, 50), **kind)
+    assert not NATIVE.supports(*measured(17, 50), **kind)
     assert not NATIVE.supports(*arguments, **named(SOME[1]))
     assert not NATIVE.supports(*(value.to("meta") for value in arguments), **kind)
-    assert torch.equal(FROZEN.op(*measured(9, 50), **kind), FROZEN.plain(*measured(9, 50), **kind))
+    assert torch.equal(FROZEN.op(*measured(17, 50), **kind), FROZEN.plain(*measured(17, 50), **kind))
 
 
 def test_the_operator_is_native_where_it_can_be(monkeypatch):
