@@ -91,11 +91,11 @@ def test_few_rows_read_their_measures_once(model: str, intersection: str, differ
     ("shape", "dims", "few"),
     [
         ((6,), {}, True),
-        ((8, 6), {}, True),
-        ((9, 6), {}, False),
-        ((2, 4, 6), {}, True),
-        (("batch", 4, 6), {"batch": fz.Dim(max=2)}, True),
-        (("batch", 4, 6), {"batch": fz.Dim(max=3)}, False),
+        ((16, 6), {}, True),
+        ((17, 6), {}, False),
+        ((4, 4, 6), {}, True),
+        (("batch", 4, 6), {"batch": fz.Dim(max=4)}, True),
+        (("batch", 4, 6), {"batch": fz.Dim(max=5)}, False),
         (("batch", 6), {}, False),
     ],
 )
