@@ -469,3 +469,14 @@ def test_errors_are_one_line_and_status_2(arguments: list[str], message: str) ->
 
 def test_the_public_names_are_there() -> None:
     assert all(hasattr(harness, name) for name in harness.__all__) and LATENCY.looped and not DURATION.looped
+
+
+def test_the_gpu_benchmark_of_tversky_says_what_the_kernels_must_compute(monkeypatch):
+    """Run on a CPU, where the operators are the same and the times mean nothing."""
+    from benchmarks import tversky_gpu
+
+    monkeypatch.setattr(tversky_gpu, "DEVICE", "cpu")
+    found = [
+        m for case in tversky_gpu.cases(harness.Options(quick=True)) for m in Runner(quick=True, rounds=1).run(case)
+    ]
+    assert [m.status for m in found] == ["ok"] * 6

@@ -74,7 +74,7 @@ TABLE: dict[str, str] = {
     "kernels": "",
     "kernel": "kernel-helper",
     "kernel-helper": "",
-    "benchmarks": "door nn plan",
+    "benchmarks": "door kernel nn plan",
 }
 
 GROUPS = {"kernels": {"kernels", "kernel", "kernel-helper"}}
