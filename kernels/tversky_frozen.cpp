@@ -233,6 +233,8 @@ void columns(const How& how, const Arguments<T>& given, const std::vector<Object
 template <class T>
 void similarity(const How& how, const Arguments<T>& given, int64_t rows, int64_t threads, T* out) {
   const int64_t P = given.columns;
+  // Less than this is done before a second thread has begun.
+  threads = std::max(int64_t(1), std::min(threads, rows * given.features * P / 32768));
   for (int64_t first = 0; first < rows; first += OBJECTS) {
     std::vector<Object<T>> objects;
     for (int64_t i = first; i < std::min(first + OBJECTS, rows); ++i)
