@@ -1,18 +1,20 @@
-"""Where a result hangs on a decision that rounding can turn.
+"""How far a result may move because rounding turns a decision.
 
 A comparison of floats (the indicator 1[a > t] of Tversky similarity, a hard gate) jumps. Where its sides are closer to
 each other than the rounding of what led to them, float32 and float64 may decide differently, and so may two programs in
-float32; both are right, and what depends on it says nothing about either. Of the 51 million indicators of a frozen
-head with 50,257 prototypes a few are always of this kind.
+float32; both are right. Of the 51 million indicators of a frozen head with 50,257 prototypes a few are always of this
+kind.
 
-Such places are found by running the program in float64 with every comparison shifted by its margin, once up and once
-down, and looking where the outputs move. A margin is several times the rounding that was measured at the comparison.
+What hangs on them is found by running the program in float64 with every >, ≥, < and ≤ of floats shifted by its margin,
+once up and once down, and looking where the outputs move. A margin is several times the rounding that was measured at
+the comparison. Other jumps (==, sign, round, top-k) are not looked at.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,21 +24,44 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from .constants import lift
 from .lower import references
 from .program import Program
-from .proof import lifted_run
+from .proof import MASK, checked_run, relative_error
 
-_aten = torch.ops.aten
-COMPARISONS = frozenset(
-    getattr(getattr(_aten, name), overload) for name in ("gt", "ge", "lt", "le") for overload in ("Scalar", "Tensor")
-)
+COMPARISONS = frozenset({"gt", "ge", "lt", "le", "greater", "greater_equal", "less", "less_equal"})
 
 _ROUNDINGS = 16.0
 """Margin in mean roundings of a row. The largest of 50 million errors with a normal distribution is 7 mean ones."""
 _EPS = 4.0
-"""Margin in eps of the row's largest operand, should the measured rounding be 0 by chance."""
+"""Margin in eps of the row's mean operand, the least there is: in float64 there is no rounding to measure."""
 
 
-_MOST = 0.5
-"""The largest share of an output that may be left out of a comparison."""
+@dataclass(frozen=True)
+class Slack:
+    """How far an output's elements may be from their float64 values, float64 tensors of its shape: `low` ≤ 0 ≤ `high`.
+
+    Both are 0 where nothing moves by more than rounding. Elsewhere they are what the two shifted runs span, and for
+    floats as much again on either side, since of several decisions some may turn.
+    """
+
+    low: Tensor
+    high: Tensor
+
+    @property
+    def share(self) -> float:
+        """Of all elements, those that may be anywhere but where they are."""
+        moves = self.high > self.low
+        return float(moves.double().mean()) if moves.numel() else 0.0
+
+    def excess(self, gap: Tensor) -> Tensor:
+        """By how much `gap`, an element's distance from its float64 value, leaves the span; ≥ 0, or NaN for NaN."""
+        return torch.maximum(gap - self.high, self.low - gap).clamp(min=0)
+
+    def relative_error(self, one: Tensor, other: Tensor) -> float:
+        """As :func:`fxfreeze.proof.relative_error`, of two runs that may have decided differently."""
+        if one.shape != self.low.shape or other.shape != self.low.shape:
+            return relative_error(one, other)
+        between = Slack(self.low - self.high, self.high - self.low)
+        one, other = one.double(), other.double()
+        return relative_error(other + between.excess(one - other), other)
 
 
 def floor(dtype: torch.dtype) -> float:
@@ -51,48 +76,29 @@ def floor(dtype: torch.dtype) -> float:
 
 
 @torch.no_grad()
-def undecided(program: Program, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Per output a mask of the elements that move by more than rounding when decisions within their margin turn.
+def slacks(program: Program, inputs: Sequence[Tensor]) -> tuple[Slack | None, ...]:
+    """The slack of each output; None where nothing hangs on a decision within its margin.
 
     Args:
         program: before any pass that takes decisions for good (prototypes that are folded have theirs taken).
         inputs: flat tensors in the program's own dtypes.
 
-    Returns:
-        Masks of the outputs' shapes; 0-d ones, False, when the program takes no decisions.
+    Raises:
+        ProofError: the program does not run in float64.
     """
     if not decides(program):
-        return tuple(torch.zeros((), dtype=torch.bool) for _ in program.outputs)
+        return (None,) * len(program.outputs)
     rounded: deque[Tensor] = deque()
     with _Comparisons(lambda left, right: _note(rounded, left, right)):
         dtypes = [value.dtype for value in program.run(*inputs)]
     margins: list[Tensor] = []
     with _Comparisons(lambda left, right: _measure(rounded, margins, left, right)):
-        truth = lifted_run(program, inputs)
-    masks = [torch.zeros(value.shape, dtype=torch.bool, device=value.device) for value in truth]
+        truth = checked_run(program, inputs, "capture")
+    shifted = []
     for sign in (1.0, -1.0):
         with _Comparisons(_shift(margins, sign)):
-            shifted = lifted_run(program, inputs)
-        for mask, now, then, dtype in zip(masks, shifted, truth, dtypes, strict=True):
-            mask |= _moved(now, then, floor(dtype) / 2)
-    return tuple(masks)
-
-
-def left_out(masks: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """The masks, emptied where they cover more than half of an output: what remained would be no evidence."""
-    return tuple(mask & (share(mask) <= _MOST) for mask in masks)
-
-
-def decided(mask: Tensor, *values: Tensor) -> tuple[Tensor, ...]:
-    """The values without what is masked, flat; as they are where nothing is, or the mask is not of their shape."""
-    if not bool(mask.any()) or any(value.shape != mask.shape for value in values):
-        return values
-    return tuple(value[~mask] for value in values)
-
-
-def share(mask: Tensor) -> float:
-    """Of all elements, those that are True."""
-    return float(mask.double().mean()) if mask.numel() else 0.0
+            shifted.append(checked_run(program, inputs, "capture"))
+    return tuple(map(_slack, truth, *shifted, dtypes))
 
 
 def decides(program: Program) -> bool:
@@ -100,7 +106,7 @@ def decides(program: Program) -> bool:
     operators = references()
     return any(
         node.op == "call_function"
-        and (node.target in operators or (node.target in COMPARISONS and _may_float(node.args[0])))
+        and (node.target in operators or (_compares(node.target) and any(map(_may_float, node.all_input_nodes))))
         for node in program.graph.nodes
     )
 
@@ -120,17 +126,24 @@ class _Comparisons(TorchDispatchMode):
         if (reference := self._references.get(func)) is not None:
             with self:
                 return reference(*args, **kwargs)
-        if func in COMPARISONS and _floating(args[0]):
-            return func(self._change(args[0], args[1]), *args[1:], **kwargs)
+        if _compares(func) and torch.result_type(*args[:2]).is_floating_point:
+            dtype = torch.result_type(*args[:2])
+            left, right = (side.to(dtype) if isinstance(side, Tensor) else side for side in args[:2])
+            return func(self._change(left, right), right, *args[2:], **kwargs)
         return func(*args, **kwargs)
 
 
+def _compares(target: Any) -> bool:
+    return (
+        isinstance(target, torch._ops.OpOverload)
+        and target.namespace == "aten"
+        and target._schema.name.partition("::")[2] in COMPARISONS
+    )
+
+
 def _may_float(node: Any) -> bool:
-    return "val" not in node.meta or _floating(node.meta["val"])
-
-
-def _floating(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.is_floating_point()
+    value = node.meta.get("val")
+    return value is None or (isinstance(value, Tensor) and value.is_floating_point())
 
 
 def _note(rounded: deque[Tensor], left: Tensor, right: Any) -> Tensor:
@@ -141,17 +154,23 @@ def _note(rounded: deque[Tensor], left: Tensor, right: Any) -> Tensor:
 def _measure(rounded: deque[Tensor], margins: list[Tensor], left: Tensor, right: Any) -> Tensor:
     """Append the margin of this comparison, one number per row, 0 where both dtypes found the sides equal.
 
-    What is equal in both, an absent feature or a masked position that is 0, is so by construction, not by rounding.
+    What is equal in both, an absent feature or a masked position that is 0, is so by construction. (Numbers that happen
+    to cancel, and would not in another order, are taken for such.)
     """
-    noted = rounded.popleft()
-    exact = left - right
-    sides = torch.maximum(left.abs(), right.abs() if isinstance(right, Tensor) else torch.full_like(left, abs(right)))
-    rounding = _row((exact - lift(noted)).abs().nan_to_num(0.0, 0.0, 0.0), torch.mean)
-    size = _row(sides.nan_to_num(0.0, 0.0, 0.0), torch.amax)
-    margin = torch.maximum(_ROUNDINGS * rounding, _EPS * torch.finfo(noted.dtype).eps * size)
+    noted, exact = rounded.popleft(), left - right
+    size = _mean(left) + (_mean(right) if isinstance(right, Tensor) else abs(right) * (abs(right) < MASK))
+    rounding = torch.where(exact.abs() < MASK, exact - lift(noted), 0.0)
+    margin = _ROUNDINGS * _mean(rounding) + _EPS * torch.finfo(noted.dtype).eps * size
     tied = (exact == 0) & (noted == 0)
     margins.append(margin * ~tied if bool(tied.any()) else margin)
     return left
+
+
+def _mean(value: Tensor) -> Tensor:
+    """Mean size over the last dim, without what stands for ∞: beside a mask's −1e9 no rounding would count."""
+    size = value.abs()
+    size = torch.where(size < MASK, size, 0.0)
+    return size.mean(-1, keepdim=True) if size.dim() and size.shape[-1] else size
 
 
 def _shift(margins: Sequence[Tensor], sign: float) -> Callable[[Tensor, Any], Tensor]:
@@ -159,14 +178,20 @@ def _shift(margins: Sequence[Tensor], sign: float) -> Callable[[Tensor, Any], Te
     return lambda left, right: left + sign * next(following)
 
 
-def _row(value: Tensor, reduce: Callable[..., Tensor]) -> Tensor:
-    return reduce(value, dim=-1, keepdim=True) if value.dim() and value.shape[-1] else value
+def _slack(truth: Tensor, up: Tensor, down: Tensor, dtype: torch.dtype) -> Slack | None:
+    if truth.is_complex() or not truth.numel():
+        return None
+    moves = [_difference(value, truth) for value in (up, down)]
+    low, high = torch.minimum(*moves).clamp(max=0), torch.maximum(*moves).clamp(min=0)
+    if truth.is_floating_point():
+        size = truth[truth.isfinite()].abs()
+        moved = torch.maximum(-low, high) > floor(dtype) / 2 * (size.amax() if size.numel() else 0.0)
+        span = (high - low) * moved
+        low, high = low * moved - span, high * moved + span
+    return Slack(low, high) if bool((high > low).any()) else None
 
 
-def _moved(now: Tensor, then: Tensor, bound: float) -> Tensor:
-    """Where `now` is farther from `then` than the share `bound` of the largest, or one is NaN or Inf and one is not."""
-    if not (then.is_floating_point() or then.is_complex()) or not then.numel():
-        return now != then
-    size = then.abs().nan_to_num(0.0, 0.0, 0.0).amax()
-    same = (now == then) | (now.isnan() & then.isnan())
-    return ~same & ~((now - then).abs() <= bound * size)
+def _difference(value: Tensor, truth: Tensor) -> Tensor:
+    """value − truth; 0 where both are the same NaN or Inf or one is not a number, which no span could contain."""
+    gap = value.double() - truth.double()
+    return torch.where(gap.isfinite(), gap, 0.0)

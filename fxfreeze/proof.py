@@ -21,7 +21,9 @@ from .errors import FxfreezeError, ProofError
 from .program import Program, first_line, lifted_call
 
 TOLERANCE = 1e-10
-_MASK = 1e8
+MASK = 1e8
+"""Numbers of this size and more stand for ∞."""
+
 Verify = Literal["full", "sampled", "off"]
 
 
@@ -58,6 +60,25 @@ def lifted_run(program: Program, inputs: Sequence[torch.Tensor]) -> tuple[torch.
         )
 
 
+def checked_run(program: Program, inputs: Sequence[torch.Tensor], when: str) -> tuple[torch.Tensor, ...]:
+    """As :func:`lifted_run`, and what memory it used is given back.
+
+    Raises:
+        ProofError: the program does not run in float64; says that it is the one after the pass `when`.
+    """
+    try:
+        return lifted_run(program, inputs)
+    except FxfreezeError:
+        raise
+    except Exception as error:
+        raise ProofError(
+            f"the program does not run in float64 after {when!r}: {first_line(error)}",
+            where=when, hint="pass example_inputs the model accepts; verify='off' compiles without proofs",
+        ) from error  # fmt: skip
+    finally:
+        return_free_memory()
+
+
 def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
     """max|actual − expected| / max|expected|; 0 for equal tensors, inf where NaN, Inf, shape or dtype kind disagree.
 
@@ -80,7 +101,7 @@ def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
         if expected.numel() == 0:
             return 0.0
     size = expected.abs()
-    masked = size >= _MASK
+    masked = size >= MASK
     if bool(masked.any()) and not bool(masked.all()) and float(size[~masked].max()) < 1e-5 * float(size[masked].min()):
         return max(_gap(actual[part], expected[part]) for part in (masked, ~masked))
     return _gap(actual, expected)
@@ -117,7 +138,7 @@ class Prover:
         self.draws = [list(draw) for draw in draws]
         self.names = program.outputs
         self.rows: list[ProofRow] = []
-        self.truth = [self._run(program, draw, "capture") for draw in self.draws]
+        self.truth = [checked_run(program, draw, "capture") for draw in self.draws]
         self._refuse_vacuous()
 
     def accept(self, pass_name: str, program: Program, *, exact: bool) -> ProofRow | None:
@@ -128,7 +149,7 @@ class Prover:
         """
         if not self.draws:
             return None
-        after = [self._run(program, draw, pass_name) for draw in self.draws]
+        after = [checked_run(program, draw, pass_name) for draw in self.draws]
         worst, worst_name = 0.0, ""
         for now, before in zip(after, self.truth, strict=True):
             for name, actual, expected in zip(self.names, now, before, strict=True):
@@ -144,19 +165,6 @@ class Prover:
         self.rows.append(row)
         self.truth = after
         return row
-
-    def _run(self, program: Program, draw: Sequence[torch.Tensor], when: str) -> tuple[torch.Tensor, ...]:
-        try:
-            return lifted_run(program, draw)
-        except FxfreezeError:
-            raise
-        except Exception as error:
-            raise ProofError(
-                f"the program does not run in float64 after {when!r}: {first_line(error)}",
-                where=when, hint="pass example_inputs the model accepts; verify='off' compiles without proofs",
-            ) from error  # fmt: skip
-        finally:
-            return_free_memory()
 
     def _refuse_vacuous(self) -> None:
         """A NaN output equals any other NaN output: on such inputs a proof would say nothing."""

@@ -79,7 +79,7 @@ def parity_table(rows: Iterable[Mapping[str, Any]]) -> Table:
         table.add_row(
             row["target"], sizes, row["output"],
             _number(row["error"]), _number(row["eager_error"]), _number(row["tolerance"]),
-            f"{row['undecided']:.2%}" if row["undecided"] else "–",
+            f"{row['undecided']:.2%}" if row.get("undecided") else "–",
             "same" if row["repeats_equal"] else "differ", "same" if row["inputs_unchanged"] else "CHANGED",
             Text("yes", style="green") if row["ok"] else Text("NO", style="bold red"),
         )  # fmt: skip

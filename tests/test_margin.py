@@ -1,4 +1,4 @@
-"""fxfreeze.margin: which elements hang on a decision that rounding can turn, and that no others are left out."""
+"""fxfreeze.margin: which elements hang on a decision that rounding can turn, how far, and that no others may move."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from torch import nn
 
 import fxfreeze as fz
 from fxfreeze import Input, Plan
+from fxfreeze.adapt import _check_capture
 from fxfreeze.capture import capture
-from fxfreeze.errors import EmitError
-from fxfreeze.margin import decided, decides, left_out, share, undecided
+from fxfreeze.errors import CaptureError, EmitError
+from fxfreeze.margin import Slack, decides, slacks
 from fxfreeze.nn import TverskyProjection
 from fxfreeze.parity import check_model, check_target, draw
 from fxfreeze.serialize import load_program
@@ -48,8 +49,10 @@ def cancelling(tiny=2.0**-26):
 
 
 def masks(program, *rows):
-    (mask,) = undecided(program, [torch.stack(rows)])
-    return mask
+    """Which elements of the only output may move."""
+    x = torch.stack(rows)
+    (slack,) = slacks(program, [x])
+    return torch.zeros(program.run(x)[0].shape, dtype=torch.bool) if slack is None else slack.high > slack.low
 
 
 # ---- what takes decisions
@@ -142,19 +145,54 @@ def test_a_folded_program_has_taken_the_decisions_of_its_prototypes():
     assert masks(source, *rows)[:, 4].any() and not masks(folded, *rows)[:, 4].any()
 
 
-# ---- helpers
+def test_a_mask_of_large_numbers_leaves_its_neighbours_decided():
+    def function(x):
+        scores = torch.where(torch.arange(WIDTH) == 1, -1e9, x)
+        return (scores > -0.5).float() * x
+
+    program, _ = captured(Body(function))
+    assert not masks(program, torch.tensor([0.1, 1.0, 2.0])).any()
 
 
-def test_a_mask_of_more_than_half_is_dropped():
-    most, half = torch.tensor([True, True, False]), torch.tensor([True, False])
-    assert [mask.tolist() for mask in left_out([most, half])] == [[False] * 3, [True, False]]
-    assert share(most) == pytest.approx(2 / 3) and share(torch.zeros(0, 3).bool()) == 0
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: ((x > (x.sum(-1, keepdim=True) == 0)) * x, (x > 1) * 1.0),
+        lambda x: (torch.arange(WIDTH) > x) * x,
+        lambda x: torch.greater(x, 0.1) * x,
+    ],
+    ids=["a bool on the right", "integers on the left", "another name"],
+)
+def test_sides_of_any_dtype(function):
+    program, _ = captured(Body(function))
+    assert decides(program)
+    slacks(program, [torch.randn(4, WIDTH)])
 
 
-def test_decided_takes_values_of_the_masks_shape_only():
-    mask, value, other = torch.tensor([True, False]), torch.tensor([1.0, 2.0]), torch.zeros(2, 2)
-    assert [item.tolist() for item in decided(mask, value, value)] == [[2.0], [2.0]]
-    assert decided(mask, value, other) == (value, other)
+def test_a_float64_model_has_a_margin_too():
+    program, _ = capture(head().double(), Plan(inputs=[Input("x", shape=("batch", WIDTH), dtype="float64")]))
+    (slack,) = slacks(program, [torch.stack([cancelling(2.0**-52), torch.ones(3)]).double()])
+    assert slack is not None and (slack.high > slack.low)[0].any() and not (slack.high > slack.low)[1].any()
+
+
+# ---- slack
+
+
+def test_excess_is_the_distance_from_the_span():
+    slack = Slack(torch.tensor([-1.0, 0.0]).double(), torch.tensor([2.0, 0.0]).double())
+    assert slack.share == 0.5
+    assert slack.excess(torch.tensor([2.5, 0.25]).double()).tolist() == [0.5, 0.25]
+    assert slack.excess(torch.tensor([-1.5, -0.25]).double()).tolist() == [0.5, 0.25]
+    assert slack.excess(torch.tensor([1.5, 0.0]).double()).tolist() == [0.0, 0.0]
+    assert slack.excess(torch.tensor([torch.nan, 0.0]).double())[0].isnan()
+
+
+def test_two_runs_may_be_as_far_apart_as_the_span_is_wide():
+    slack = Slack(torch.tensor([-1.0, 0.0]).double(), torch.tensor([2.0, 0.0]).double())
+    other = torch.tensor([4.0, 10.0])
+    errors = [slack.relative_error(other + torch.tensor(gap), other) for gap in ([3.0, 0.0], [-3.5, 0.0], [0.0, 1.0])]
+    assert errors == pytest.approx([0, 0.05, 0.1])
+    assert slack.relative_error(other[:1], other) == float("inf")
 
 
 # ---- in the checks
@@ -198,18 +236,40 @@ def test_what_is_decided_is_still_compared():
         check_target("mutant", wrong, program, draws)
 
 
-def test_other_inputs_are_drawn_where_the_first_leave_too_much_undecided(monkeypatch):
-    from fxfreeze import parity
+@pytest.mark.parametrize("wrong", [torch.nan, torch.inf, 5.0, -5.0])
+def test_what_is_undecided_is_not_anything(wrong):
+    module = head()
+    module.prototypes.data[4] = cancelling()
+    program, flat = captured(module)
 
-    calls = []
+    def run(x):
+        (scores,) = program.run(x)
+        return (torch.where(torch.arange(PROTOTYPES) == 4, scores + wrong, scores),)
 
-    def sample(program, sizes, seed, examples=None):
-        calls.append(seed)
-        torch.manual_seed(seed)
-        row = torch.randn(WIDTH) if seed >= 1000 else cancelling()
-        return [row.expand(sizes["batch"], WIDTH).clone()]
+    with pytest.raises(EmitError, match="does not agree"):
+        check_target("mutant", run, program, draw(program, flat))
 
-    monkeypatch.setattr(parity, "sample_inputs", sample)
+
+def test_where_all_is_undecided_a_wrong_target_is_rejected():
+    """Every row is at the threshold, and one of a model and its target has flipped."""
     program, flat = captured(nn.Sequential(head(), nn.Softmax(-1)))
-    draws = draw(program, flat)
-    assert len(calls) == 2 * len(draws) and not any(mask.any() for item in draws for mask in item.undecided)
+    example = cancelling().expand(4, WIDTH).clone()
+    draws = draw(program, flat, examples=[example])
+    assert all(item.slacks[0].share > 0.5 for item in draws)
+    rows = check_target("itself", program.run, program, draws)
+    assert all(row.undecided > 0.5 for row in rows)
+    with pytest.raises(EmitError, match="does not agree"):
+        check_target("mutant", lambda x: tuple(value + 0.5 for value in program.run(x)), program, draws)
+
+
+def test_adapting_a_model_that_decided_otherwise():
+    module, other = head(), head()
+    module.prototypes.data[4] = cancelling(1.5 * 2.0**-24)
+    other.load_state_dict(module.state_dict())
+    program, _ = captured(module)
+    _, flat = captured(flipped(other, 4))
+    x = torch.randn(5, WIDTH)
+    _check_capture(program, flat, [[x]])
+    other.prototypes.data[3] += 1
+    with pytest.raises(CaptureError, match="disagrees"):
+        _check_capture(program, captured(other)[1], [[x]])
