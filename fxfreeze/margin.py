@@ -30,7 +30,7 @@ COMPARISONS = frozenset({"gt", "ge", "lt", "le", "greater", "greater_equal", "le
 
 _ROUNDINGS = 16.0
 """Margin in mean roundings of a row. The largest of 50 million errors with a normal distribution is 7 mean ones."""
-_EPS = 4.0
+_EPS = 16.0
 """Margin in eps of the row's mean operand, the least there is: in float64 there is no rounding to measure."""
 
 
