@@ -50,7 +50,8 @@ class Lowering:
         table = natives()
         if not any(node.target in table for node in self.program.graph.nodes):
             return self.exported
-        return export(self.program, table=references() | table, examples=self.examples)
+        exported = export(self.program, table=references() | table, examples=self.examples)
+        return exported if shims(exported) else self.exported
 
 
 def references() -> dict[Any, Callable[..., Any]]:

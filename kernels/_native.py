@@ -42,13 +42,12 @@ def source(name: str) -> str:
 def library(name: str) -> ctypes.CDLL | None:
     """The functions of a C++ file of this folder; None, after a warning, where it cannot be built or loaded."""
     try:
-        command = compiler()
         flags = [*_FLAGS, *_NATIVE.get(platform.machine(), ())]
         try:
-            return ctypes.CDLL(str(build(name, [*command, *flags, "-fopenmp"])))
+            return ctypes.CDLL(str(build(name, compiler(), [*flags, "-fopenmp"])))
         except subprocess.CalledProcessError:
             # A compiler without OpenMP is one without threads.
-            return ctypes.CDLL(str(build(name, [*command, *flags])))
+            return ctypes.CDLL(str(build(name, compiler(), flags)))
     except (OSError, subprocess.SubprocessError) as error:
         detail = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
         warnings.warn(
@@ -68,14 +67,15 @@ def compiler() -> list[str]:
     raise FileNotFoundError(f"no C++ compiler: {' '.join(named) or ', '.join(COMPILERS)} not found")
 
 
-def build(name: str, command: list[str]) -> Path:
-    """The shared library of a C++ file, from the cache or built by `command`.
+def build(name: str, compiler: list[str], flags: list[str]) -> Path:
+    """The shared library of a C++ file, from the cache or built by `compiler`, a command as in CXX.
 
     Raises:
         subprocess.CalledProcessError: the compiler refuses; `stderr` says why.
         OSError: the compiler does not start, or the cache folder cannot be written.
     """
-    version = subprocess.run([*command[:1], "--version"], capture_output=True, text=True, check=True).stdout
+    command = [*compiler, *flags]
+    version = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=True).stdout
     key = hashlib.sha256("\0".join([source(name), version, *command, _cpu()]).encode()).hexdigest()[:32]
     path = _cache() / f"{Path(name).stem}-{key}.so"
     if not path.exists():

@@ -1,5 +1,5 @@
-// fxfreeze::tversky_frozen on a CPU, for few objects: each measure of a prototype is read once, and only where an object
-// has the feature. Names and formulas are those of _tversky.py; a is [rows, K], b [K, P], both contiguous.
+// fxfreeze::tversky_frozen on a CPU, eight objects at a time: for them each measure of a prototype is read once, and only
+// where one has the feature. Names and formulas are those of _tversky.py; a is [rows, K], b [K, P], both contiguous.
 //
 // A thread has some columns of b, and goes through them in chunks whose sums stay in its cache. Absent measures are
 // multiplied by 0, not left out, so that infinities and NaN show as they do in the reference. (An infinite measure of a
@@ -122,7 +122,7 @@ inline __attribute__((always_inline)) void each(T* to, int64_t columns, Function
   for (int64_t p = 0; p < columns; ++p) to[p] = function(p);
 }
 
-// f(A∩B). A sum that an `if` below does not name may be its result's place.
+// f(A∩B).
 template <class T>
 void intersect(const How& how, Sums<T> s, int64_t columns, T* common) {
   const T *a = s.common_a, *b = s.common_b;

@@ -200,14 +200,18 @@ def native_apply(
     return cast(score.reshape(*a.shape[:-1], measures.shape[1]), dtype or a.dtype)
 
 
-def native_fake(a: Tensor, measures: Tensor, *_: object) -> Tensor:
+def native_fake(a: Tensor, measures: Tensor, *others: Any) -> Tensor:
+    _check(a, measures, *others[:4], dtype=None)
+    if a.dim() != 2 or any(value.dtype != a.dtype for value in others[:4]):
+        raise ValueError(f"tversky_frozen_native: a is {list(a.shape)}, not [rows, K], or weights are not {a.dtype}")
     return a.new_empty(a.shape[0], measures.shape[1])
 
 
 def native_run(library: ctypes.CDLL, a: Tensor, measures: Tensor, *others: Any) -> Tensor:
-    (rows, depth), columns = a.shape, measures.shape[1]
-    score, (tensors, how) = native_fake(a, measures), (others[:4], others[4:])
-    sizes = (a.element_size(), rows, depth, columns)
+    if not all(value.is_contiguous() for value in (a, measures, *others[:4])):
+        raise ValueError("tversky_frozen_native: takes contiguous tensors only")
+    score, (tensors, how) = native_fake(a, measures, *others), (others[:4], others[4:])
+    sizes = (a.element_size(), *a.shape, measures.shape[1])
     call(library.tversky_frozen, score, a, measures, *tensors, *sizes, *how, torch.get_num_threads())
     return score
 

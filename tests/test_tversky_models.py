@@ -52,7 +52,9 @@ def proven(row: dict[str, Any]) -> bool:
 
 # Building with torch takes the most time, so one layer does; the real runs build everything with everything.
 @pytest.mark.slow
-@pytest.mark.parametrize(("layer", "targets"), list(zip(tversky_mnist.LAYERS, [("torch", "onnx"), ("onnx",)])))
+@pytest.mark.parametrize(
+    ("layer", "targets"), list(zip(tversky_mnist.LAYERS, [("torch", "onnx"), ("onnx",)], strict=True))
+)
 def test_digits_are_predicted_the_same_in_every_target(layer: str, targets: tuple[str, ...]):
     pytest.importorskip("onnxruntime")
     pytest.importorskip("tversky")
@@ -71,7 +73,6 @@ def test_the_perplexity_of_a_tied_gpt2_stays(text):
     (row,) = tversky_gpt2.run(text, SMALL, kinds=("tversky",), targets=("onnx",))
     assert row["ok"] and row["head_executes"] == ["one matrix product with table [320, 96]"] and proven(row)
     before = row["results"]["eager"]["perplexity"]
-    print(before)
     assert before < 160  # of 320 tokens: it has learnt what a wrong compile could lose
     assert row["results"]["onnx"]["relative_difference"] <= 1e-4
     assert row["results"]["onnx"]["differing_away_from_threshold"] == 0

@@ -10,7 +10,7 @@ On a CPU the weights are frozen into the package. Measured with torch 2.15 on Re
 the build takes as long, the package is as large, and a call is 1.2 to 1.9 times faster than without.
 
 An operator of ours that has a form in C++ for its arguments stays whole: its source is compiled with the rest, so the
-package needs no fxfreeze. How many rows it will have is known only as a range; the largest decides.
+package needs no fxfreeze.
 """
 
 from __future__ import annotations

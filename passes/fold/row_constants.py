@@ -25,7 +25,7 @@ PRODUCTS = frozenset({aten.mul.Tensor, aten.mul.Scalar})
 QUOTIENTS = frozenset({aten.div.Tensor, aten.div.Scalar})
 CASTS = frozenset({aten.to.dtype, aten._to_copy.default})
 
-# No mask of −∞ goes through these: what they return is bounded, or was NaN to begin with.
+# What models feed with activations, not with masks: their results are taken to be finite.
 SETTLED = frozenset(FORMS) - {aten.embedding.default} | {
     aten.bmm.default, aten.layer_norm.default, aten.rms_norm.default, aten.group_norm.default, aten.batch_norm.default,
     aten.softmax.int, aten._softmax.default, aten.sigmoid.default, aten.tanh.default,

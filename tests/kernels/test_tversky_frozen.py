@@ -270,6 +270,16 @@ def test_the_operator_is_native_where_it_can_be(monkeypatch):
     assert len(calls) == 1
 
 
+def test_native_refuses_what_it_would_read_beyond():
+    a, measures, *others = measured(3, 50)
+    names = SOME[0]
+    for wrong in ((a[:, :5], measures), (a, measures[:5]), (a[0], measures), (a.float(), measures)):
+        with pytest.raises(ValueError, match="tversky"):
+            FROZEN.native_op(*wrong, *others, *names, 0.0)
+    with pytest.raises(ValueError, match="contiguous"):
+        FROZEN.native_op(a, measures.T.contiguous().T, *others, *names, 0.0)
+
+
 def test_native_opcheck():
     arguments = measured(3, 50, dtype=torch.float32)
     torch.library.opcheck(FROZEN.native_op, (*arguments, *SOME[0], 0.0))
