@@ -12,7 +12,6 @@ Exit status 1: a target's perplexity on the held-out files is more than 1e-4, re
 
 from __future__ import annotations
 
-import argparse
 import math
 import shlex
 import sys
@@ -204,25 +203,16 @@ def good(results: dict[str, dict[str, Any]]) -> bool:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = heads.parser(__doc__, TARGETS)
     parser.add_argument("--steps", type=int, default=Size.steps)
-    parser.add_argument("--targets", default=",".join(TARGETS), help="comma-separated")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--out", type=Path, help="write JSON lines here")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     shared = asdict(record.environment("tversky_gpt2", quick=False, seed=0, command=shlex.join(sys.argv[1:])))
     versions = {name: record.version(name) for name in ("transformers", "tokenizers")}
     shared["versions"] = {**shared["versions"], **versions}
-    size, targets, every = Size(steps=options.steps), tuple(options.targets.split(",")), True
-    for row in run(read(sources(), size), size, targets=targets, say=lambda text: print(text, flush=True)):
-        every &= row["ok"]
-        print(f"{'ok  ' if row['ok'] else 'FAIL'} {row['name']}: {row['near_threshold']} rows near the threshold")
-        for name, result in row["results"].items():
-            print(f"  {name}: {result}", flush=True)
-        if options.out:
-            record.replace_row(options.out, {**row, **shared})
-    return 0 if every else 1
+    size, targets = Size(steps=options.steps), tuple(options.targets.split(","))
+    rows = run(read(sources(), size), size, targets=targets, say=lambda text: print(text, flush=True))
+    return 0 if heads.publish(rows, shared, options.out) else 1
 
 
 if __name__ == "__main__":

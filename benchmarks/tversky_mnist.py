@@ -12,7 +12,6 @@ farther from the threshold than rounding reaches; those that differ nearer to it
 
 from __future__ import annotations
 
-import argparse
 import copy
 import os
 import shlex
@@ -173,26 +172,17 @@ def scored(actual: Tensor, wanted: Tensor, near: Tensor, labels: Tensor) -> dict
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = heads.parser(__doc__, TARGETS)
     parser.add_argument("--epochs", type=int, default=4)
-    parser.add_argument("--targets", default=",".join(TARGETS), help="comma-separated")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--out", type=Path, help="write JSON lines here")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     folder = Path(os.environ.get("FXFREEZE_DATA", record.ROOT.parent / "shared" / "data"))
     if not (folder / "mnist.npz").is_file():
         parser.error("mnist.npz is not there: name its folder in FXFREEZE_DATA")
     shared = asdict(record.environment("tversky_mnist", quick=False, seed=0, command=shlex.join(sys.argv[1:])))
-    targets, every = tuple(options.targets.split(",")), True
-    for row in run(mnist(folder), epochs=options.epochs, targets=targets, say=lambda text: print(text, flush=True)):
-        every &= row["ok"]
-        print(f"{'ok  ' if row['ok'] else 'FAIL'} {row['name']}: {row['near_threshold']} rows near the threshold")
-        for name, result in row["results"].items():
-            print(f"  {name}: {result}", flush=True)
-        if options.out:
-            record.replace_row(options.out, {**row, **shared})
-    return 0 if every else 1
+    targets = tuple(options.targets.split(","))
+    rows = run(mnist(folder), epochs=options.epochs, targets=targets, say=lambda text: print(text, flush=True))
+    return 0 if heads.publish(rows, shared, options.out) else 1
 
 
 if __name__ == "__main__":

@@ -146,10 +146,11 @@ def test_what_is_not_good():
     assert tversky_mnist.good({"eager": right, "onnx": right})
     for wrong in ({"accuracy": 0.9849}, {"differing_away_from_threshold": 1}):
         assert not tversky_mnist.good({"eager": right, "onnx": right | wrong})
-    before, same = {"perplexity": 5.0}, {"relative_difference": 1e-4}
+    before, same = {"perplexity": 5.0}, {"relative_difference": 1e-4, "differing_away_from_threshold": 0}
     assert tversky_gpt2.good({"eager": before, "torch": same, "onnx": same})
-    for wrong in (1.1e-4, float("nan")):
-        assert not tversky_gpt2.good({"eager": before, "torch": same, "onnx": {"relative_difference": wrong}})
+    away = {"differing_away_from_threshold": 1}
+    for wrong in ({"relative_difference": 1.1e-4}, {"relative_difference": float("nan")}, away):
+        assert not tversky_gpt2.good({"eager": before, "torch": same, "onnx": same | wrong})
 
 
 def test_the_package_layer_gets_the_trained_weights():

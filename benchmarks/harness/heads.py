@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import argparse
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from . import record
 
 Call = Callable[[Tensor], Any]
 
@@ -84,3 +88,25 @@ def executes(artifact: Any, path: str) -> list[str]:
 def largest_proof_error(artifact: Any) -> float:
     """The largest error in float64 of a rewrite that is declared exact."""
     return max(row["error"] for row in artifact.manifest["passes"] if row["exact"] and row["rewrites"])
+
+
+def parser(description: str | None, targets: Sequence[str]) -> argparse.ArgumentParser:
+    """With the options that every run has."""
+    made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--targets", default=",".join(targets), help="comma-separated")
+    made.add_argument("--threads", type=int, default=1)
+    made.add_argument("--out", type=Path, help="write JSON lines here")
+    return made
+
+
+def publish(rows: Iterable[dict[str, Any]], shared: dict[str, Any], out: Path | None) -> bool:
+    """Print each row as it comes, and put it into the file `out` if there is one. Are all of them ok?"""
+    every = True
+    for row in rows:
+        every &= row["ok"]
+        print(f"{'ok  ' if row['ok'] else 'FAIL'} {row['name']}: {row['near_threshold']} rows near the threshold")
+        for name, result in row["results"].items():
+            print(f"  {name}: {result}", flush=True)
+        if out:
+            record.replace_row(out, {**row, **shared})
+    return every
