@@ -89,14 +89,14 @@ def test_a_small_head_is_one_product_where_it_can_be() -> None:
 @pytest.mark.usefixtures("large")
 @pytest.mark.parametrize(("model", "intersection", "difference", "semantics"), CHOICES)
 def test_few_rows_read_their_measures_once(model: str, intersection: str, difference: str, semantics: str) -> None:
-    head = Head(model=model, intersection=intersection, difference=difference, semantics=semantics)
-    program, (row,), _ = folded(head, 2, 6)
+    head = Head(torch.float64, model=model, intersection=intersection, difference=difference, semantics=semantics)
+    program, (row,), _ = folded(head, 2, 6, dtype="float64")
     once = "softmin" not in maths.combination(**head.how, threshold=0).terms
     assert (str(FROZEN.op) in operators(program)) == once == row.executes.endswith("measures [9, 5]")
     if once:
         assert operators(program) == ["aten.linear.default", str(FROZEN.op)]
-        x = torch.randn(2, 6)
-        torch.testing.assert_close(program.run(x)[0], head(x), rtol=1e-5, atol=2e-6)
+        x = torch.randn(2, 6, dtype=torch.float64)
+        torch.testing.assert_close(program.run(x)[0], head(x), rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.usefixtures("large")
