@@ -22,7 +22,7 @@ from .errors import (
     PlanError,
     ProofError,
 )
-from .plan import IA3, Dim, DoRA, Input, LoRA, Plan, Tversky
+from .plan import IA3, Dim, DoRA, Gate, Input, LoRA, Plan, Tversky
 
 __all__ = [
     "IA3",
@@ -34,6 +34,7 @@ __all__ = [
     "DoRA",
     "EmitError",
     "FxfreezeError",
+    "Gate",
     "Input",
     "LoRA",
     "MissingDependencyError",

@@ -60,7 +60,8 @@ def adapt(model: nn.Module, plan: Plan, *, example_inputs: Any = None, verify: V
 
     Returns:
         A module that computes what `model` computes (until its adapters are trained, or unless the plan names trained
-        weights), whose only parameters are the adapters'.
+        weights), whose only parameters are the adapters'. A Tversky head starts near the layer it replaces, and a soft
+        gate all but open; the ledger says so.
 
     Raises:
         PlanError: a step matches nothing it can adapt, or its weights do not fit.
@@ -83,10 +84,11 @@ class AdaptedModule(nn.Module):
     Call it like the model: by position in the plan's order, or by keyword, nested as the plan's names say. Outputs are
     nested as the model's; a dataclass (and the outputs of transformers) comes back as a dict.
 
-    Its parameters are the adapters', named as in adapter files. The model's weights are buffers that share memory with
-    the model and are not part of :meth:`state_dict`: loading a state, moving the module, or training it never changes
-    them. ``train()`` and ``eval()`` make no difference: the model was captured for inference, with dropout gone and
-    batch-norm fixed, and trains that way.
+    Its parameters are the adapters', named as in adapter files. Temperatures of gates are buffers
+    (``settings.<step>.temperature``), which :class:`fxfreeze.nn.TemperatureSchedule` finds. The model's weights are
+    buffers that share memory with the model and are not part of :meth:`state_dict`: loading a state, moving the module,
+    or training it never changes them. ``train()`` and ``eval()`` make no difference: the model was captured for
+    inference, with dropout gone and batch-norm fixed, and trains that way.
 
     It runs on the device it was captured on; a graph that makes tensors of its own would not follow a ``.to(device)``.
     """
@@ -96,16 +98,20 @@ class AdaptedModule(nn.Module):
         self.origins = origins
         program = origins.program
         self.body, names = _lifted(program)
-        trainable = set(program.trainable())
+        trainable, settings = set(program.trainable()), set(program.settings())
         self.adapters, self.frozen = nn.Module(), nn.Module()
         self._constants: list[tuple[nn.Module, str]] = []
         self._homes: dict[str, tuple[nn.Module, str]] = {}
+        self._settings: dict[str, tuple[nn.Module, str]] = {}
         for position, (name, dtype) in enumerate(names.items()):
             value = program.state[name].detach().to(dtype)
             if name in trainable:
                 home = _home(self, name)
                 home[0].register_parameter(home[1], nn.Parameter(value.clone()))
                 self._homes[name] = home
+            elif name in settings:
+                home = self._settings[name] = _home(self, name)
+                home[0].register_buffer(home[1], value.clone())
             else:
                 home = (self.frozen, f"constant_{position}")
                 self.frozen.register_buffer(home[1], value, persistent=False)
@@ -126,13 +132,15 @@ class AdaptedModule(nn.Module):
         return self.program().graph_module()
 
     def program(self) -> Program:
-        """The captured program with copies of the current adapter values, in the dtypes and on the device it had.
+        """The captured program with copies of the current adapter values and temperatures, in the dtypes and on the
+        device it had.
 
         Raises:
             PlanError: an adapter holds NaN or Inf.
         """
         program = self.origins.program.clone()
-        for name, value in self.adapter_state().items():
+        settings = {name: getattr(owner, leaf).detach().clone() for name, (owner, leaf) in self._settings.items()}
+        for name, value in (self.adapter_state() | settings).items():
             old = program.state[name]
             weights.check(name, value, old.shape, "the adapted module")
             program.state[name] = value.to(old.device, old.dtype)
@@ -157,6 +165,11 @@ class AdaptedModule(nn.Module):
     def adapter_state(self) -> dict[str, Tensor]:
         """A copy of every adapter parameter, by name (``adapters.<step>.<module path>.<leaf>``)."""
         return {name: getattr(owner, leaf).detach().clone() for name, (owner, leaf) in self._homes.items()}
+
+    @property
+    def temperatures(self) -> list[Tensor]:
+        """The temperatures of the gates, 0-d, one per step: set them in place."""
+        return [getattr(owner, leaf) for owner, leaf in self._settings.values()]
 
     def extra_repr(self) -> str:
         steps = ", ".join(f"{step.name} at {step.at}" for step in self.plan.steps) or "no steps"

@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
 
 from .adapt import AdaptedModule, adapt
 from .artifact import Artifact
+from .calibration import Calibration
 from .capture import capture, flat_examples, frozen
 from .parity import Flat
 from .pipeline import PassRow, proof_draws, run_passes, stage_passes
 from .plan import Plan
 from .program import Program
 from .proof import ProofRow, Verify
-from .rewrite import STAGES, Context, Ledger
+from .rewrite import REPRODUCED, STAGES, Context, Ledger
 
 Progress = Callable[[str], None]
-
-_REPRODUCED = ("adapt", "lower")
-"""Stages whose passes are not exact and yet leave the function the reference computes: one makes it, one rounds it."""
 
 
 @dataclass
@@ -31,7 +29,7 @@ class Compilation:
     Attributes:
         program: after the last pass, its constants rounded.
         reference: the frozen model (with its adapters, if any) in eager torch, flat tensors to flat tensors.
-        source: the program before the passes, with the adapters in it.
+        source: the program before the exact passes: with the adapters in it, after the last lossy pass.
         examples: flat tensors the model accepts, when the caller gave some.
     """
 
@@ -47,7 +45,7 @@ class Compilation:
     @property
     def lossless(self) -> bool:
         """Whether program and reference are the same function up to rounding."""
-        return all(row.exact or row.stage in _REPRODUCED for row in self.passes if row.rewrites)
+        return all(row.exact or row.stage in REPRODUCED for row in self.passes if row.rewrites)
 
 
 def compile(
@@ -55,6 +53,7 @@ def compile(
     plan: Plan,
     *,
     example_inputs: Any = None,
+    calibration: Iterable[Any] | None = None,
     evaluate: Callable[[Callable[..., Any]], float] | None = None,
     verify: Verify = "full",
     progress: Progress | None = None,
@@ -68,6 +67,8 @@ def compile(
         plan: inputs, steps and targets.
         example_inputs: inputs the model accepts, where ones drawn from the plan would not do: a tensor, a tuple of
             positional inputs, or a dict by name. They are cropped or repeated along symbolic dims.
+        calibration: batches of inputs, each as `example_inputs`, on which lossy steps (the hardening of gates) are
+            measured. A DataLoader may be read more than once; a generator is read once and kept.
         evaluate: scores a callable that is called like the model; run on the frozen model and on every target, and
             recorded in ``manifest["scores"]``.
         verify: "full" proves every exact pass in float64 on two draws of different sizes, "sampled" on one draw,
@@ -84,7 +85,7 @@ def compile(
         EmitError: a target cannot be made, or disagrees with the frozen model. Nothing is left behind.
     """
     say = progress or (lambda text: None)
-    done = rewrite(model, plan, example_inputs=example_inputs, verify=verify, progress=say)
+    done = rewrite(model, plan, example_inputs=example_inputs, calibration=calibration, verify=verify, progress=say)
     return Artifact.create(
         done.program, plan, done.reference, source=done.source, passes=done.passes, proofs=done.proofs,
         ledger=done.ledger, examples=done.examples, exact=done.lossless, evaluate=evaluate, progress=say,
@@ -96,6 +97,7 @@ def rewrite(
     plan: Plan,
     *,
     example_inputs: Any = None,
+    calibration: Iterable[Any] | None = None,
     verify: Verify = "full",
     progress: Progress | None = None,
 ) -> Compilation:
@@ -103,48 +105,61 @@ def rewrite(
     say = progress or (lambda text: None)
     if not isinstance(model, AdaptedModule) and not plan.steps:
         say("capturing the model")
-        return _rewrite_plain(model, plan, flat_examples(plan, example_inputs), verify, say)
+        return _rewrite_plain(model, plan, _Inputs.of(plan, example_inputs, calibration), verify, say)
     if isinstance(model, AdaptedModule):
-        net, examples = model, flat_examples(plan, example_inputs)
+        net, inputs = model, _Inputs.of(plan, example_inputs, calibration)
     else:
         say("capturing the model and inserting adapters")
-        net, examples = adapt(model, plan, example_inputs=example_inputs, verify=verify), None
-    return _rewrite_adapted(net, plan, examples, verify, say)
+        net, inputs = adapt(model, plan, example_inputs=example_inputs, verify=verify), _Inputs(None, calibration)
+    return _rewrite_adapted(net, plan, inputs, verify, say)
 
 
-def _rewrite_plain(
-    model: nn.Module, plan: Plan, examples: list[Tensor] | None, verify: Verify, say: Progress
-) -> Compilation:
+@dataclass(frozen=True)
+class _Inputs:
+    """What the caller gave to run the model on."""
+
+    examples: list[Tensor] | None
+    batches: Iterable[Any] | None
+
+    @classmethod
+    def of(cls, plan: Plan, examples: Any, batches: Iterable[Any] | None) -> _Inputs:
+        return cls(flat_examples(plan, examples), batches)
+
+    def context(self, plan: Plan, ledger: Ledger) -> Context:
+        return Context(plan, ledger, given=Calibration(plan, self.batches, self.examples))
+
+
+def _rewrite_plain(model: nn.Module, plan: Plan, inputs: _Inputs, verify: Verify, say: Progress) -> Compilation:
     from .passes import PIPELINE
 
-    program, flat = capture(model, plan, examples)
+    program, flat = capture(model, plan, inputs.examples)
 
-    def reference(*inputs: Tensor) -> tuple[Tensor, ...]:
+    def reference(*values: Tensor) -> tuple[Tensor, ...]:
         with frozen(model):
-            return flat(*inputs)
+            return flat(*values)
 
     say("rewriting and proving")
-    ctx, source = Context(plan), program.clone()
+    ctx, source = inputs.context(plan, Ledger()), program.clone()
     rows, prover = run_passes(
-        program, stage_passes(PIPELINE, STAGES), ctx, verify=verify, draws=proof_draws(program, verify, examples)
+        program, stage_passes(PIPELINE, STAGES), ctx, verify=verify, draws=proof_draws(program, verify, inputs.examples)
     )
-    return Compilation(program, plan, ctx.ledger, rows, prover.rows, reference, source, examples)
+    source = ctx.source or source
+    return Compilation(program, plan, ctx.ledger, rows, prover.rows, reference, source, inputs.examples)
 
 
-def _rewrite_adapted(
-    net: AdaptedModule, plan: Plan, examples: list[Tensor] | None, verify: Verify, say: Progress
-) -> Compilation:
+def _rewrite_adapted(net: AdaptedModule, plan: Plan, inputs: _Inputs, verify: Verify, say: Progress) -> Compilation:
     """Run the stages after "adapt" over an adapted module's program, with the adapters' current values."""
     from .passes import PIPELINE
 
     net.check_plan(plan)
     program, reference = net.program(), net.reference
-    examples = net.origins.examples if examples is None else examples
+    inputs = inputs if inputs.examples is not None else replace(inputs, examples=net.origins.examples)
     say("rewriting and proving")
-    ctx, source = Context(plan, Ledger(list(net.ledger))), program.clone()
+    ctx, source = inputs.context(plan, Ledger(list(net.ledger))), program.clone()
     rows, prover = run_passes(
         program, stage_passes(PIPELINE, STAGES[STAGES.index("freeze") :]), ctx,
-        verify=verify, draws=proof_draws(program, verify, examples),
+        verify=verify, draws=proof_draws(program, verify, inputs.examples),
     )  # fmt: skip
     passes, proofs = [*net.origins.passes, *rows], [*net.origins.proofs, *prover.rows]
-    return Compilation(program, plan, ctx.ledger, passes, proofs, reference, source, examples)
+    source = ctx.source or source
+    return Compilation(program, plan, ctx.ledger, passes, proofs, reference, source, inputs.examples)

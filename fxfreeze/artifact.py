@@ -41,6 +41,7 @@ from ._version import __version__
 from .binding import build, check_inputs, flatten_inputs, format_shape, top_level
 from .emit import EMITTERS, PROGRAM, Runner
 from .errors import ArtifactError, FxfreezeError
+from .firing import fired, gate_rows
 from .lower import Lowering
 from .plan import Plan
 from .program import Program
@@ -60,7 +61,7 @@ class Artifact:
     Made by ``fxfreeze.compile`` or ``fxfreeze.load``. Attributes:
         folder: where its files are; a private temporary folder, removed with the artifact, unless it was loaded.
         manifest: the record, JSON-able (keys: format, fxfreeze, versions, machine, plan, interface, structural_hash,
-            targets, default, passes, proofs, ledger, parity, scores, sizes, files, digest).
+            gates, targets, default, passes, proofs, ledger, parity, scores, sizes, files, digest).
         interface: names, dtypes, shapes and dims of inputs and outputs.
     """
 
@@ -69,6 +70,7 @@ class Artifact:
         self.interface = Interface.from_json(manifest["interface"])
         self._names = [spec.name for spec in self.interface.inputs]
         self._runners: dict[str, Runner] = {}
+        self._program: Program | None = None
 
     # ------------------------------------------------------------------ making
 
@@ -93,7 +95,7 @@ class Artifact:
         Args:
             program: after the last pass, constants rounded.
             reference: the user's model, flat tensors to flat tensors; see :func:`fxfreeze.parity.draw`.
-            source: the program before its passes; see there.
+            source: the program before its exact passes; see there.
             passes, proofs, ledger: rows for the manifest; dicts, or objects with ``to_json`` or dataclass fields.
             examples: flat tensors the model accepts, when random ones will not do.
             exact: the program is the same function as `reference`, which is then checked too.
@@ -109,7 +111,9 @@ class Artifact:
             draws, rows, scores = [], [], {}
             if plan.targets:
                 say("running the model")
-                draws = parity.draw(program, reference, source=source, examples=examples)
+                # A lossy step moved the truth: what eager torch errs is then the program's own rounding.
+                eager = reference if exact else None
+                draws = parity.draw(program, eager, source=source, examples=examples)
                 rows = parity.check_model(program, draws) if exact and reference is not None else []
             if evaluate is not None:
                 say("evaluating the model")
@@ -219,6 +223,25 @@ class Artifact:
             rows += parity.check_target(name, self._load(name), program, draws)
         return rows
 
+    def firing(self, /, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Which neurons fire at every hard gate, sample by sample; called like the artifact.
+
+        The stored program runs in eager torch. Gates that compiling removed because they are always open are not there;
+        ``manifest["gates"]`` lists those that are.
+
+        Returns:
+            Site → bool of the shape of the gated value, with every neuron the model had, also those that were removed
+            because they never fire.
+
+        Raises:
+            ArtifactError: as a call.
+        """
+        flat = flatten_inputs(self._names, args, kwargs)
+        check_inputs(self.interface.inputs, self.interface.dims, flat)
+        if self._program is None:
+            self._program = load_program(self.folder / PROGRAM, shapes=False)
+        return fired(self._program, self.manifest["gates"], flat)
+
     @property
     def sizes(self) -> dict[str, int]:
         """Bytes of every file."""
@@ -326,6 +349,7 @@ def _manifest(program: Program, plan: Plan, facts: Mapping[str, Any], folder: Pa
         "plan": plan.to_dict(),
         "interface": Interface.of(program).to_json(),
         "structural_hash": program.structural_hash(),
+        "gates": _rows(gate_rows(program)),
         "targets": dict(facts),
         "default": plan.targets[0] if plan.targets else None,
     }

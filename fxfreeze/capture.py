@@ -48,6 +48,9 @@ class Observation:
 class FlatModel(nn.Module):
     """The user's model behind flat tensors: what is exported, and the eager reference everything is compared with.
 
+    It takes the tensors of `inputs` first, then those that steps of the plan add (``Plan.selects``), which mean nothing
+    to the model.
+
     Attributes:
         observed: structure and names of the outputs, once it was called (see :mod:`fxfreeze.binding`).
     """
@@ -60,7 +63,7 @@ class FlatModel(nn.Module):
         self.observed = Observation()
 
     def forward(self, *flat: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        nested = nest(self.inputs, flat)
+        nested = nest(self.inputs, flat[: len(self.inputs)])
         result = self.model(
             *(nested[name] for name in self.positional), **{name: nested[name] for name in self.keywords}
         )
@@ -103,10 +106,10 @@ def bind_names(model: nn.Module, names: Sequence[str]) -> tuple[list[str], list[
 
 
 def input_specs(plan: Plan, device: torch.device = _CPU) -> tuple[TensorSpec, ...]:
-    """The plan's inputs with torch dtypes, on `device`."""
+    """The plan's inputs, those that steps add behind the model's own, with torch dtypes, on `device`."""
     return tuple(
         TensorSpec(item.name, getattr(torch, item.dtype), tuple(item.shape), item.low, item.high, device)
-        for item in plan.inputs
+        for item in (*plan.inputs, *plan.selects)
     )
 
 
@@ -119,16 +122,27 @@ def dim_bounds(plan: Plan) -> dict[str, tuple[int, int | None]]:
 def flat_examples(plan: Plan, examples: Any) -> list[torch.Tensor] | None:
     """`example_inputs` as the caller gave them (a tensor, a tuple of arguments, a dict by name) → flat tensors.
 
+    Inputs that steps add may be left out: they are then 0, 1, 2, … in turn.
+
     Raises:
         CaptureError: they do not fit the plan's inputs.
     """
     if examples is None:
         return None
-    names = [item.name for item in plan.inputs]
+    names, selects = [item.name for item in plan.inputs], {item.name: item for item in plan.selects}
     if isinstance(examples, Mapping):
-        return flatten_inputs(names, (), dict(examples), error=CaptureError)
-    args = tuple(examples) if isinstance(examples, list | tuple) else (examples,)
-    return flatten_inputs(names, args, {}, error=CaptureError)
+        own = {key: value for key, value in examples.items() if key not in selects}
+        rows = {key: value for key, value in examples.items() if key in selects}
+        flat = flatten_inputs(names, (), own, error=CaptureError)
+    else:
+        args = tuple(examples) if isinstance(examples, list | tuple) else (examples,)
+        count = len(args) - len(selects) if len(args) == len(top_level(names)) + len(selects) else len(args)
+        rows = dict(zip(selects, args[count:], strict=False))
+        flat = flatten_inputs(names, args[:count], {}, error=CaptureError)
+    for name, item in selects.items():
+        counted = torch.arange(len(flat[0]), device=flat[0].device) % (int(item.high or 0) + 1)
+        flat.append(rows.get(name, counted))
+    return flat
 
 
 @contextmanager
@@ -162,7 +176,7 @@ def capture(model: nn.Module, plan: Plan, examples: Sequence[torch.Tensor] | Non
     """
     _check_constants(model)
     specs, dims = input_specs(plan, _device(model)), dim_bounds(plan)
-    flat = FlatModel(model, [spec.name for spec in specs], plan.outputs)
+    flat = FlatModel(model, [spec.name for spec in plan.inputs], plan.outputs)
     sizes = sampling.tracing_sizes(specs, dims, examples)
     inputs = sampling.sample_inputs(specs, sizes, seed=0, examples=examples)
     with frozen(model), recognised(model), quiet():

@@ -16,7 +16,7 @@ from .constants import version
 from .errors import PassError, PlanError
 from .program import Program, TensorSpec
 from .proof import Prover, Verify
-from .rewrite import STAGES, Context, Pass
+from .rewrite import REPRODUCED, STAGES, Context, Pass
 from .sampling import sample_inputs, tracing_sizes
 
 _DRAWS = {"full": 2, "sampled": 1, "off": 0}
@@ -146,6 +146,8 @@ def _run_one(item: Pass, program: Program, ctx: Context, prover: Prover) -> Pass
         _check_result(item, program, interface)
         proof = prover.accept(item.name, program, exact=item.exact)
         error = proof.error if proof else None
+        if not item.exact and item.stage not in REPRODUCED:
+            ctx.source = program.clone()
     return PassRow(item.name, item.stage, item.exact, rewrites, size, _operators(program), seconds, error)
 
 

@@ -347,7 +347,57 @@ class Tversky(Step):
             yield "threshold", f"must be ≥ 0 with gmean, got {self.threshold!r}"
 
 
-STEPS: tuple[type[Step], ...] = (LoRA, DoRA, IA3, Tversky)
+class Gate(Step):
+    """Neurons with a gain each that are silent up to a threshold: y = g ⊙ h ⊙ 1[s(h) > τ] (arXiv 2602.11726).
+
+    While it trains the indicator is a sigmoid of (s(h) − τ) / temperature; compiling makes it hard, which changes what
+    the model computes, and says by how much. It starts all but open: g = 1, and τ so far below the least value of the
+    activation that the sigmoid is 0.98 there. Values without a least (what a linear layer returns) start open above 0
+    only, unless `s` is "abs" or `threshold` says otherwise.
+
+    With `modes`, every neuron has as many gains and thresholds, and the model gets an input more, `select`: integers,
+    one per row of the batch (the first dim of the plan's first input), from 0 to modes − 1.
+    """
+
+    meaning = ("s", "on", "modes")
+
+    kind: Literal["gate"] = Field(default="gate", description="Gain and threshold per neuron.", kw_only=True)
+    on: Literal["activation", "output"] = Field(
+        default="activation",
+        description="Gate the activation functions that a matched module runs itself (relu, gelu, silu, …), or what a "
+        "matched module returns.",
+    )
+    s: Literal["h", "abs"] = Field(default="h", description="What is compared with the threshold: h or its size.")
+    soft: Literal["sigmoid"] = Field(default="sigmoid", description="The indicator while it trains.")
+    temperature: Number = Field(
+        default=0.1, description="Temperature T of the soft indicator when training starts, in the unit of h; > 0."
+    )
+    threshold: Number | None = Field(
+        default=None, description="Where all thresholds start, in the unit of h. Default: −4 · temperature."
+    )
+    harden: Flag = Field(default=True, description="Compile to hard gates; false compiles the soft ones.")
+    dim: Annotated[int, Strict()] | None = Field(
+        default=None,
+        description="Dim of the neurons. Default: the channels of the convolution before the activation, else the "
+        "last dim.",
+    )
+    modes: Count | None = Field(
+        default=None, description="Number of sets of gains and thresholds, of which every row of a batch names one."
+    )
+    select: Symbol = Field(
+        default="mode", description="Name of the input that names every row's mode; steps may share it."
+    )
+    weights: Weights | None = Field(
+        default=None,
+        description="Path of a safetensors file with trained gains and thresholds, relative to the plan's folder.",
+    )
+
+    def _problems(self) -> Iterator[Problem]:
+        if not self.temperature > 0:
+            yield "temperature", f"must be > 0, got {self.temperature!r}"
+
+
+STEPS: tuple[type[Step], ...] = (LoRA, DoRA, IA3, Tversky, Gate)
 """Every step a plan can hold. A new step class is added here and nowhere else."""
 
 if TYPE_CHECKING:
@@ -439,11 +489,35 @@ class Plan(Record):
         yield from _repeats("steps[{}].name", given)
         yield from _repeats("targets[{}]", self.targets)
         yield from _repeats("outputs[{}]", self.outputs or ())
+        yield from self._select_problems(names)
         used = sorted({size for spec in self.inputs for size in spec.shape if isinstance(size, str)})
         for dim in self.dims:
             if dim not in used:
                 names_of = f"the inputs' shapes name {', '.join(used) or 'none'}"
                 yield f"dims.{dim}", f"no input has this dimension{suggest(dim, used)}; {names_of}"
+
+    def _select_problems(self, names: Sequence[str]) -> Iterator[Problem]:
+        tops = [name.split(".", 1)[0] for name in names]
+        for i, step in enumerate(self.steps):
+            if not isinstance(step, Gate) or step.modes is None:
+                continue
+            if step.select in tops:
+                yield f"steps[{i}].select", f"{step.select!r} is an input of the model; choose another name"
+            if self.inputs and not self.inputs[0].shape:
+                yield (
+                    f"steps[{i}].modes",
+                    f"the first input, {names[0]!r}, has no dim, so there are no rows to select for",
+                )
+
+    @property
+    def selects(self) -> tuple[Input, ...]:
+        """The inputs that steps add to the model's, one integer per row: which of their modes it uses."""
+        modes: dict[str, int] = {}
+        for step in self.steps:
+            if isinstance(step, Gate) and step.modes is not None:
+                modes[step.select] = min(step.modes, modes.get(step.select, step.modes))
+        rows = self.inputs[0].shape[:1]
+        return tuple(Input(name, rows, "int64", low=0, high=count - 1) for name, count in modes.items())
 
     # files
 

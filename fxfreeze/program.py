@@ -58,6 +58,16 @@ class TensorSpec:
 ADAPTERS = "adapters."
 """What the name of every constant that a plan step added to be trained begins with."""
 
+SETTINGS = "settings."
+"""What the name of every constant that a plan step added to be set while it trains begins with."""
+
+
+FIRES = "FIRES"
+"""`Origin.primitive` of the comparison that says which neurons of a gate fire."""
+
+GATE_FACTS = ("kept", "neurons", "share")
+"""What passes note in the ``meta`` of a gate's node: see :class:`fxfreeze.firing.GateRow`."""
+
 
 @dataclass(frozen=True)
 class Origin:
@@ -186,10 +196,17 @@ class Program:
 
         The name alone does not tell: a user's model may have a module called ``adapters`` too.
         """
+        return self._added(ADAPTERS)
+
+    def settings(self) -> list[str]:
+        """Names of the constants that plan steps added to be set while they train, in graph order."""
+        return self._added(SETTINGS)
+
+    def _added(self, prefix: str) -> list[str]:
         found = {
             str(node.target): None
             for node in self.graph.nodes
-            if node.op == "get_attr" and str(node.target).startswith(ADAPTERS) and "fxfreeze" in node.meta
+            if node.op == "get_attr" and str(node.target).startswith(prefix) and "fxfreeze" in node.meta
         }
         return list(found)
 

@@ -18,6 +18,7 @@ from typing import Any, ClassVar, Literal
 
 from torch.fx import Node
 
+from .calibration import Calibration
 from .errors import PassError, PlanError
 from .plan import Plan, Step
 from .program import Program
@@ -26,6 +27,10 @@ Outcome = Literal["rewritten", "refused", "skipped", "measured"]
 
 STAGES = ("clean", "adapt", "freeze", "fold", "prune", "quantize", "fuse", "lower")
 """The order of stages; the tuple in ``passes/__init__.py`` is the order of passes within and across them."""
+
+REPRODUCED = ("adapt", "lower")
+"""Stages whose passes are not exact and yet leave the function that the model's own eager run computes: one makes it,
+one rounds it. An inexact pass of another stage is lossy."""
 
 
 @dataclass
@@ -68,11 +73,24 @@ class Ledger:
 
 @dataclass
 class Context:
-    """What a pass may consult beside the program: the plan, the ledger, and the trained adapter values by name."""
+    """What a pass may consult beside the program: the plan, the ledger, and inputs to measure on.
+
+    Attributes:
+        given: inputs of the caller's to measure on, if any.
+        source: the program after the last lossy pass, which is the function that all later passes keep; None: there was
+            no lossy pass.
+    """
 
     plan: Plan
     ledger: Ledger = field(default_factory=Ledger)
     near_misses: list[NoMatch] = field(default_factory=list)
+    given: Calibration | None = None
+    source: Program | None = None
+
+    @property
+    def calibration(self) -> Calibration:
+        """Inputs to measure on: the caller's, else drawn from the plan."""
+        return self.given or Calibration(self.plan, None)
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ._op import Kernel, register
+from ._tversky import cast
 
 SCORES = ("h", "abs")
 
@@ -52,13 +53,24 @@ def reference(
         ValueError: an unknown score, or shapes or dtypes other than the above.
     """
     _check(h, threshold, gain, temperature, mode, score=score, dim=dim)
-    wide = h.to(torch.promote_types(h.dtype, threshold.dtype))
-    level = along(threshold, wide, mode, dim)
-    scored = wide.abs() if score == "abs" else wide
+    wide = cast(h, torch.promote_types(h.dtype, threshold.dtype))
     gained = wide if gain is None else wide * along(gain, wide, mode, dim)
     if temperature is None:
-        return torch.where(scored > level, gained, 0.0).to(h.dtype)
-    return (gained * torch.sigmoid((scored - level) / temperature)).to(h.dtype)
+        return cast(torch.where(fires(h, threshold, mode, score=score, dim=dim), gained, 0.0), h.dtype)
+    scored, level = compared(h, threshold, mode, score, dim)
+    return cast(gained * torch.sigmoid((scored - level) / temperature), h.dtype)
+
+
+def fires(h: Tensor, threshold: Tensor, mode: Tensor | None = None, *, score: str = "h", dim: int = -1) -> Tensor:
+    """1[s(h) > τ], bool of the shape of `h`; arguments as of :func:`reference`."""
+    scored, level = compared(h, threshold, mode, score, dim)
+    return scored > level
+
+
+def compared(h: Tensor, threshold: Tensor, mode: Tensor | None, score: str, dim: int) -> tuple[Tensor, Tensor]:
+    """s(h) and τ, in the wider of their dtypes."""
+    wide = cast(h, torch.promote_types(h.dtype, threshold.dtype))
+    return wide.abs() if score == "abs" else wide, along(threshold, wide, mode, dim)
 
 
 def along(values: Tensor, h: Tensor, mode: Tensor | None, dim: int) -> Tensor:
@@ -68,7 +80,7 @@ def along(values: Tensor, h: Tensor, mode: Tensor | None, dim: int) -> Tensor:
     if mode is not None:
         # Gathered per row, so that a thousand modes cost no more than two.
         values, shape[0] = values.index_select(0, mode), h.shape[0]
-    return values.reshape(shape).to(h.dtype)
+    return cast(values.reshape(shape), h.dtype)
 
 
 def fake(

@@ -8,6 +8,7 @@ from __future__ import annotations
 from fxfreeze.rewrite import Pass
 
 from .adapt.delta import InsertDelta
+from .adapt.gate import InsertGates
 from .adapt.tversky import InsertTversky
 from .clean.attention import FourDimAttention
 from .clean.common import CommonSubexpressions
@@ -18,6 +19,8 @@ from .fold.affine import FoldAffine
 from .fold.delta import FoldDelta
 from .fold.row_constants import DropRowConstants
 from .fold.tversky import FoldTversky
+from .freeze.harden import Harden
+from .lower.gates import InlineGates
 from .lower.merge import MergeConstants
 from .lower.round import Round
 
@@ -31,13 +34,17 @@ PIPELINE: tuple[Pass, ...] = (
     # adapt: put the plan's adapters in
     InsertTversky(),
     InsertDelta(),
+    InsertGates(),
+    # freeze: what only trains
+    Harden(),
     # fold: one operator where the model, or an adapter, has several; in float64
     FoldDelta(),
     FoldTversky(),
     DropRowConstants(),
     FoldLateConstants(),
     FoldAffine(),
-    # lower: constants as they are stored
+    # lower: plain operators, and constants as they are stored
+    InlineGates(),
     MergeConstants(),
     Round(),
 )

@@ -9,14 +9,14 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from fxfreeze.plan import IA3, DoRA, LoRA, Step, Tversky
+from fxfreeze.plan import IA3, DoRA, Gate, LoRA, Step, Tversky
 from fxfreeze.program import ADAPTERS
 
 from ._operators import WeightOperator
 
-BASE, DELTA, HEAD = "BASE", "DELTA", "HEAD"
-"""`Origin.primitive` of the operator whose weight a site's steps change, of everything they put around it, and of what
-takes the operator's place."""
+BASE, DELTA, HEAD, GATE = "BASE", "DELTA", "HEAD", "GATE"
+"""`Origin.primitive` of the operator whose weight a site's steps change, of everything they put around it, of what
+takes the operator's place, and of a gate."""
 
 DeltaStep = LoRA | DoRA | IA3
 """Steps that change the weight of one operator."""
@@ -41,6 +41,9 @@ def describe(step: Step) -> str:
         return f"{type(step).__name__} rank {step.rank}, scale {step.scale:g}"
     if isinstance(step, Tversky):
         return f"Tversky {step.model}, {step.intersection}, {step.difference}, {step.semantics}"
+    if isinstance(step, Gate):
+        modes = "" if step.modes is None else f", {step.modes} modes by {step.select!r}"
+        return f"gate on {'|h|' if step.s == 'abs' else 'h'} of the {step.on}{modes}"
     return f"IA3 on the {step.side}put" if isinstance(step, IA3) else type(step).__name__
 
 

@@ -65,6 +65,22 @@ FORMS: dict[Any, _Form] = {
 }
 """Every operator that :func:`weight_operator` knows."""
 
+ACTIVATIONS = frozenset({
+    aten.relu.default, aten.relu6.default, aten.hardtanh.default, aten.leaky_relu.default, aten.prelu.default,
+    aten.elu.default, aten.selu.default, aten.celu.default, aten.gelu.default, aten.silu.default, aten.mish.default,
+    aten.softplus.default, aten.hardswish.default, aten.hardsigmoid.default, aten.sigmoid.default, aten.tanh.default,
+    aten.erf.default, aten.log_sigmoid.default, aten.threshold.default, aten.hardshrink.default,
+    aten.softshrink.default,
+})  # fmt: skip
+"""Activation functions, element by element; erf is part of one."""
+
+LEAST: dict[Any, float] = {
+    aten.relu.default: 0.0, aten.relu6.default: 0.0, aten.sigmoid.default: 0.0, aten.hardsigmoid.default: 0.0,
+    aten.softplus.default: 0.0, aten.gelu.default: -0.17, aten.silu.default: -0.2785, aten.mish.default: -0.3089,
+    aten.hardswish.default: -0.375, aten.tanh.default: -1.0, aten.elu.default: -1.0, aten.selu.default: -1.7581,
+}  # fmt: skip
+"""The least value of activation functions that have one, with their usual arguments."""
+
 
 @dataclass(frozen=True)
 class WeightOperator:

@@ -2,6 +2,15 @@
 
 from __future__ import annotations
 
+from .gate import Firing, Gate, TemperatureSchedule, firing
 from .tversky import TverskyProjection, TverskySimilarity, class_means
 
-__all__ = ["TverskyProjection", "TverskySimilarity", "class_means"]
+__all__ = [
+    "Firing",
+    "Gate",
+    "TemperatureSchedule",
+    "TverskyProjection",
+    "TverskySimilarity",
+    "class_means",
+    "firing",
+]

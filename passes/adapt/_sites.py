@@ -1,4 +1,4 @@
-"""Where an adapter goes: from the globs of a step to the operators it changes.
+"""Where an adapter goes: from the globs of a step to the operators it changes, or the values.
 
 Every operator with a weight belongs to one module path, the one its user would name: the module that owns the weight
 where that lies below the module that ran the operator (``nn.MultiheadAttention`` runs its ``out_proj`` itself), else
@@ -6,6 +6,9 @@ the module that ran it (a tied ``lm_head`` reads the weight of the token embeddi
 
 A glob takes the matched paths that hold such an operator themselves. It is an error if it takes none; where it takes
 some, every other matched path is refused with its reason, except a container whose layers are all taken.
+
+An activation belongs to the module that runs it. What a module without weights and children computes around one (a
+GELU written out, say) is one activation, the value that leaves the module.
 """
 
 from __future__ import annotations
@@ -13,32 +16,37 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from typing import Any, ClassVar
 
 import torch
+from torch.fx import Node
 
 from fxfreeze.errors import PlanError
 from fxfreeze.plan import Step
 from fxfreeze.program import Program
 from fxfreeze.rewrite import NoMatch, match_sites
 
-from .._operators import FORMS, WeightOperator, constant_problem, weight_operator
+from .._operators import ACTIVATIONS, FORMS, WeightOperator, aten, constant_problem, weight_operator
 
 _ADAPTABLE = "Linear, Conv1d/2d/3d, ConvTranspose1d/2d/3d, Embedding and transformers' Conv1D"
 _SHOWN = 6
 
 
 @dataclass
-class Sites:
-    """What the paths of a program offer to an adapter.
+class Offers:
+    """What the paths of a program offer to a step.
 
     Attributes:
-        operators: path → calls of the one weight it holds, in graph order; several when its module runs repeatedly.
-        refused: path → why an operator with a weight at that path cannot be adapted.
+        operators: path → what is there, in graph order.
+        refused: path → why what is at that path cannot be taken.
+        lacking: what to say of a path with nothing.
     """
 
     program: Program
-    operators: dict[str, list[WeightOperator]] = field(default_factory=dict)
+    operators: dict[str, list[Any]] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
+
+    lacking: ClassVar[str]
 
     def reason(self, path: str) -> str:
         """Why no adapter can act on `path`, in a sentence without a subject."""
@@ -50,7 +58,73 @@ class Sites:
         ran = [node for node in self.program.sites().get(path, ()) if isinstance(node.target, torch._ops.OpOverload)]
         read = [node for node in ran if any(item.op == "get_attr" for item in node.all_input_nodes)]
         runs = f" (it runs {_some(sorted({str(node.target) for node in read or ran}))})" if ran else ""
-        return f"is a {kind}{runs}, which holds no weight that an adapter can act on; {_ADAPTABLE} do"
+        return f"is a {kind}{runs}, which {self.lacking}"
+
+
+class Sites(Offers):
+    """Layers with a weight: path → calls of the one weight it holds; several when its module runs repeatedly."""
+
+    operators: dict[str, list[WeightOperator]]
+    lacking = f"holds no weight that an adapter can act on; {_ADAPTABLE} do"
+
+
+class Activations(Offers):
+    """Activation functions: path → their results."""
+
+    operators: dict[str, list[Node]]
+    lacking = "runs no activation function itself; on='output' gates what any module returns"
+
+
+class Results(Offers):
+    """What modules return: path → the floating values that leave it."""
+
+    operators: dict[str, list[Node]]
+    lacking = "returns no floating tensor"
+
+
+def find_activations(program: Program) -> Activations:
+    """Every activation, by the module that runs it."""
+    found = Activations(program)
+    ran: dict[str, list[Node]] = {}
+    for node in program.graph.nodes:
+        if node.op == "call_function":
+            ran.setdefault(program.module_path(node), []).append(node)
+    inner = program.module_paths()
+    for path, nodes in ran.items():
+        functions = [node for node in nodes if node.target in ACTIVATIONS]
+        if not functions:
+            continue
+        plain = path and not _below(path, inner) and not any(map(_constants, nodes))
+        single = [node for node in functions if node.target is not aten.erf.default]
+        if results := _leaving(program, path) if plain else single:
+            found.operators[path] = results
+    return found
+
+
+def find_results(program: Program) -> Results:
+    """What every module returns."""
+    found = Results(program)
+    for path in program.module_paths():
+        if leaving := _leaving(program, path):
+            found.operators[path] = leaving
+    return found
+
+
+def _leaving(program: Program, path: str) -> list[Node]:
+    """Floating tensors that a module makes and something outside of it reads."""
+
+    def is_inside(node: Node) -> bool:
+        return node.op == "call_function" and path in program.module_classes(node)
+
+    return [
+        node for node in program.graph.nodes
+        if is_inside(node) and isinstance(value := node.meta.get("val"), torch.Tensor) and value.is_floating_point()
+        and value.ndim and any(not is_inside(user) for user in node.users)
+    ]  # fmt: skip
+
+
+def _constants(node: Node) -> set[Any]:
+    return {item for item in node.all_input_nodes if item.op == "get_attr" and item.meta["val"].ndim}
 
 
 def find_sites(program: Program) -> Sites:
@@ -78,8 +152,8 @@ def find_sites(program: Program) -> Sites:
     return sites
 
 
-def resolve(sites: Sites, step: Step, index: int) -> tuple[list[str], dict[str, str]]:
-    """The paths that `step` (the plan's number `index`) adapts, and the paths it matches but cannot adapt, with why.
+def resolve(sites: Offers, step: Step, index: int) -> tuple[list[str], dict[str, str]]:
+    """The paths that `step` (the plan's number `index`) takes, and the paths it matches but cannot take, with why.
 
     Raises:
         PlanError: a pattern matches no module, or nothing an adapter can act on.

@@ -1,0 +1,139 @@
+"""Make soft gates hard, and measure what that changes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from fxfreeze.kernels.gate import KERNEL, fires
+from fxfreeze.plan import Gate
+from fxfreeze.program import Origin, Program
+from fxfreeze.rewrite import Context, Pass
+
+from .._operators import arguments
+
+_OPERANDS = ("h", "threshold", "gain", "temperature", "mode")
+
+
+class Harden(Pass):
+    """σ((s(h) − τ) / T) becomes 1[s(h) > τ], its limit for T → 0.
+
+    Lossy. The ledger has, per site, the relative gap ‖hard − soft‖ / ‖soft‖ of the gated values at equal h, the same as
+    a signal-to-noise ratio, and the share of neurons that fire; per output, the gap and, where it looks like scores
+    of classes, the share of predictions that stay. All are measured on the calibration data, in the model's own dtypes.
+
+    Gates of a step with ``harden=False`` stay soft; :class:`fxfreeze.nn.Gate` layers of the model are hardened.
+    """
+
+    name, stage, exact = "harden", "freeze", False
+
+    def run(self, program: Program, ctx: Context) -> int:
+        soft = {step.name for step in ctx.plan.steps if isinstance(step, Gate) and not step.harden}
+        gates = [node for node in program.graph.find_nodes(op="call_function", target=KERNEL.op)
+                 if arguments(node)["temperature"] is not None and _step(node) not in soft]  # fmt: skip
+        if not gates:
+            return 0
+        before = program.clone()
+        twins = [node for node in before.graph.nodes if node.name in {gate.name for gate in gates}]
+        for gate in gates:
+            _harden(gate)
+        _Measurement(before, program, twins, gates).report(ctx)
+        return len(gates)
+
+
+def _step(node: Node) -> str:
+    origin = node.meta.get("fxfreeze")
+    return origin.step if isinstance(origin, Origin) else ""
+
+
+def _harden(gate: Node) -> None:
+    given = arguments(gate)
+    gate.args = (given["h"], given["threshold"], given["gain"], None, given["mode"])
+    gate.kwargs = {"score": given["score"], "dim": given["dim"]}
+
+
+@dataclass
+class _Tally:
+    """Sums over the calibration data."""
+
+    gap: float = 0.0
+    size: float = 0.0
+    hits: int = 0
+    count: int = 0
+
+    def add(self, hard: Tensor, soft: Tensor, hits: Tensor) -> None:
+        self.gap += float((hard.double() - soft.double()).square().sum())
+        self.size += float(soft.double().square().sum())
+        self.hits += int(hits.sum())
+        self.count += hits.numel()
+
+    @property
+    def words(self) -> str:
+        if self.gap == 0:
+            return "no gap"
+        ratio = math.sqrt(self.gap / self.size) if self.size else math.inf
+        return f"relative gap {ratio:.2g} ({-20 * math.log10(ratio):.0f} dB)" if self.size else "relative gap ∞"
+
+
+@dataclass
+class _Measurement:
+    soft: Program
+    hard: Program
+    twins: Sequence[Node]
+    gates: Sequence[Node]
+    sites: list[_Tally] = field(default_factory=list)
+
+    def report(self, ctx: Context) -> None:
+        self.sites = [_Tally() for _ in self.gates]
+        outputs = [_Tally() for _ in self.soft.outputs]
+        rows = 0
+        with torch.no_grad():
+            for inputs in ctx.calibration.of(self.hard):
+                rows += len(inputs[0]) if inputs[0].ndim else 1
+                before, after = self._watched(inputs), self.hard.run(*inputs)
+                for tally, hard, soft in zip(outputs, after, before, strict=True):
+                    if soft.is_floating_point():
+                        scores = soft.ndim > 1 and soft.shape[-1] > 1
+                        same = hard.argmax(-1) == soft.argmax(-1) if scores else soft.new_empty(0)
+                        tally.add(hard, soft, same)
+        basis = f"on {rows} rows of {ctx.calibration.source}"
+        for gate, tally in zip(self.gates, self.sites, strict=True):
+            self._site(ctx, gate, tally, basis)
+        for name, tally in zip(self.soft.outputs, outputs, strict=True):
+            stay = f"; {tally.hits / tally.count:.2%} of predictions stay" if tally.count else ""
+            ctx.ledger.add(
+                site="", step="", requested=f"hard gates, seen in {name!r}", outcome="measured",
+                detail=f"{tally.words}{stay}; {basis}",
+            )  # fmt: skip
+
+    def _site(self, ctx: Context, gate: Node, tally: _Tally, basis: str) -> None:
+        origin = gate.meta.get("fxfreeze")
+        step, site = (origin.step, origin.site) if isinstance(origin, Origin) else ("", self.hard.module_path(gate))
+        share = tally.hits / max(tally.count, 1)
+        gate.meta["share"] = share
+        ctx.ledger.add(
+            site=site, step=step, requested="hard gate", outcome="measured", executes=str(KERNEL.op),
+            detail=f"{tally.words}; {share:.1%} of neurons fire; {basis}",
+        )  # fmt: skip
+
+    def _watched(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Run the soft program; at every gate, compare with the hard one on the same h."""
+        index = {node: at for at, node in enumerate(self.twins)}
+
+        def call(node: Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            result = node.target(*args, **kwargs)  # type: ignore[operator]
+            if node in index:
+                given = {**dict(zip(_OPERANDS, args, strict=False)), **kwargs, "temperature": None}
+                asked = {key: value for key, value in given.items() if key not in ("gain", "temperature")}
+                self.sites[index[node]].add(KERNEL.op(**given), result, fires(**asked))
+            return result
+
+        return self.soft.execute(
+            inputs, lambda node: self.soft.state[str(node.target)].to(node.meta["val"].dtype), call
+        )

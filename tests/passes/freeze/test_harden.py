@@ -1,0 +1,126 @@
+"""Hardening: the limit of the soft gate, measured site by site, and parity held to the hard function."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fxfreeze as fz
+from fxfreeze.api import Compilation, rewrite
+from fxfreeze.errors import FxfreezeError
+from fxfreeze.nn import Gate
+
+INPUT = [fz.Input("x", shape=("batch", 8))]
+
+
+def trained(temperature: float = 0.1, model: nn.Module | None = None, **options: Any) -> fz.AdaptedModule:
+    """Gates that half of what comes shuts."""
+    torch.manual_seed(0)
+    model = model or nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 5)).eval()
+    net = fz.adapt(model, fz.Plan(INPUT, [fz.Gate(at="1", temperature=temperature, **options)]))
+    with torch.no_grad():
+        for name, value in net.named_parameters():
+            value.copy_(torch.rand_like(value) + (0.5 if name.endswith("gain") else 0.0))
+    return net
+
+
+def by_hand(net: fz.AdaptedModule, x: Tensor) -> Tensor:
+    state = net.adapter_state()
+    weights = {name: net.origins.program.state[name] for name in ("0.weight", "0.bias", "2.weight", "2.bias")}
+    h = torch.relu(x @ weights["0.weight"].T + weights["0.bias"])
+    h = h * state["adapters.gate.1.gain"] * (h > state["adapters.gate.1.threshold"])
+    return h @ weights["2.weight"].T + weights["2.bias"]
+
+
+def details(done: Compilation) -> dict[str, str]:
+    return {row.site: row.detail for row in done.ledger if row.outcome == "measured" and row.pass_name == "harden"}
+
+
+def test_it_is_hard_and_the_ledger_says_what_changed() -> None:
+    net = trained()
+    batches = [torch.randn(100, 8), torch.randn(50, 8)]
+    done = rewrite(net, net.plan, calibration=batches)
+    x = torch.cat(batches)
+    torch.testing.assert_close(done.program.run(x)[0], by_hand(net, x), rtol=1e-5, atol=1e-5)
+    assert not done.lossless
+    found = details(done)
+    h = torch.relu(x @ net.origins.program.state["0.weight"].T + net.origins.program.state["0.bias"])
+    state = net.adapter_state()
+    gain, threshold = state["adapters.gate.1.gain"], state["adapters.gate.1.threshold"]
+    soft, hard = gain * h * torch.sigmoid((h - threshold) / 0.1), gain * h * (h > threshold)
+    gap, share = float((hard - soft).norm() / soft.norm()), float((h > threshold).float().mean())
+    assert f"relative gap {gap:.2g}" in found["1"] and f"{share:.1%} of neurons fire" in found["1"]
+    same = float((net(x).argmax(1) == by_hand(net, x).argmax(1)).float().mean())
+    assert f"{same:.2%} of predictions stay; on 150 rows of calibration data" in found[""]
+
+
+def test_a_cold_gate_has_less_of_a_gap() -> None:
+    gaps = [float(re.findall(r"relative gap ([\d.e-]+)", details(rewrite(net, net.plan))["1"])[0])
+            for net in (trained(0.3), trained(0.03))]  # fmt: skip
+    assert gaps[1] < gaps[0] / 3
+
+
+def test_soft_on_request_and_then_nothing_is_lost() -> None:
+    net, x = trained(harden=False), torch.randn(16, 8)
+    done = rewrite(net, net.plan)
+    assert done.lossless and not details(done)
+    torch.testing.assert_close(done.program.run(x)[0], net(x))
+    net.temperatures[0].fill_(0.5)  # what the schedule left is what is compiled
+    torch.testing.assert_close(rewrite(net, net.plan).program.run(x)[0], net(x))
+
+
+def test_a_layer_of_the_models_own_is_hardened() -> None:
+    model = nn.Sequential(nn.Linear(8, 6), Gate(6, temperature=0.2, threshold=0.3, s="abs"), nn.Linear(6, 2)).eval()
+    done = rewrite(model, fz.Plan(INPUT))
+    x = torch.randn(9, 8)
+    h = model[0](x)
+    torch.testing.assert_close(done.program.run(x)[0], model[2](h * (h.abs() > 0.3)))
+    assert not torch.allclose(done.program.run(x)[0], model(x), atol=1e-3)
+
+
+def test_calibration_is_checked_and_a_generator_is_kept() -> None:
+    net = trained()
+    done = rewrite(net, net.plan, calibration=(torch.randn(10, 8) for _ in range(3)))
+    assert "on 30 rows of calibration data" in details(done)["1"]
+    for bad, says in ((torch.randn(3, 8), "one tensor, not batches"), ([], "no batches"),
+                      ([torch.randn(2, 7)], "axis 1 is 7")):  # fmt: skip
+        with pytest.raises(FxfreezeError, match=says):
+            rewrite(net, net.plan, calibration=bad)
+
+
+def test_targets_are_held_to_the_hard_function_near_the_threshold_too() -> None:
+    net = trained()
+    artifact = fz.compile(net, fz.Plan(INPUT, net.plan.steps, targets=["torch", "onnx"]))
+    rows = artifact.manifest["parity"]
+    assert {row["target"] for row in rows} == {"torch", "onnx"} and all(row["tolerance"] < 2e-5 for row in rows)
+    x = torch.randn(11, 8)
+    for target in artifact.targets:
+        torch.testing.assert_close(artifact(x, target=target), by_hand(net, x), rtol=1e-4, atol=1e-5)
+
+
+def test_which_neurons_fire_for_each_sample() -> None:
+    net = trained()
+    artifact = fz.compile(net, net.plan)
+    x = torch.randn(7, 8)
+    h = torch.relu(x @ net.origins.program.state["0.weight"].T + net.origins.program.state["0.bias"])
+    found = artifact.firing(x)
+    assert list(found) == ["1"] and torch.equal(found["1"], h > net.adapter_state()["adapters.gate.1.threshold"])
+    (row,) = artifact.manifest["gates"]
+    assert (row["site"], row["step"], row["neurons"]) == ("1", "gate", 32) and 0 < row["share"] < 1
+
+
+def test_modes_come_out_in_every_target() -> None:
+    net = trained(modes=4)
+    artifact = fz.compile(net, fz.Plan(INPUT, net.plan.steps, targets=["torch", "onnx"]))
+    x, mode = torch.randn(6, 8), torch.tensor([3, 0, 1, 2, 2, 0])
+    h = torch.relu(x @ net.origins.program.state["0.weight"].T + net.origins.program.state["0.bias"])
+    gain, threshold = (net.adapter_state()[f"adapters.gate.1.{leaf}"][mode] for leaf in ("gain", "threshold"))
+    assert torch.equal(artifact.firing(x, mode)["1"], h > threshold)
+    weight, bias = (net.origins.program.state[name] for name in ("2.weight", "2.bias"))
+    want = (gain * h * (h > threshold)) @ weight.T + bias
+    for target in artifact.targets:
+        torch.testing.assert_close(artifact(x, mode, target=target), want, rtol=1e-4, atol=1e-5)
