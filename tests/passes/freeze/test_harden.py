@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -124,3 +125,23 @@ def test_modes_come_out_in_every_target() -> None:
     want = (gain * h * (h > threshold)) @ weight.T + bias
     for target in artifact.targets:
         torch.testing.assert_close(artifact(x, mode, target=target), want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_saved_package_selects_modes_and_says_who_fired(tmp_path: Path) -> None:
+    net = trained(modes=3)
+    fz.compile(net, fz.Plan(INPUT, net.plan.steps, targets=["aoti"])).save(tmp_path / "out")
+    artifact = fz.load(tmp_path / "out")
+    x, mode = torch.randn(9, 8), torch.arange(9) % 3
+    singles = [trained(modes=3) for _ in range(3)]
+    for one, single in enumerate(singles):
+        with torch.no_grad():
+            for value in single.parameters():
+                value.copy_(value[one].expand_as(value).clone())
+        want = rewrite(single, single.plan).program.run(x, mode)[0]
+        torch.testing.assert_close(artifact(x, mode)[mode == one], want[mode == one], rtol=1e-4, atol=1e-5)
+        threshold = net.adapter_state()["adapters.gate.1.threshold"][one]
+        h = torch.relu(x @ net.origins.program.state["0.weight"].T + net.origins.program.state["0.bias"])
+        assert torch.equal(artifact.firing(x, mode)["1"][mode == one], (h > threshold)[mode == one])
+    with pytest.raises(fz.ArtifactError, match="input 'mode' is missing"):
+        artifact(x)
