@@ -20,6 +20,7 @@ from .fold.delta import FoldDelta
 from .fold.row_constants import DropRowConstants
 from .fold.tversky import FoldTversky
 from .freeze.harden import Harden
+from .fuse.gated_linear import FuseGatedLinear
 from .lower.gates import InlineGates
 from .lower.merge import MergeConstants
 from .lower.round import Round
@@ -43,6 +44,8 @@ PIPELINE: tuple[Pass, ...] = (
     DropRowConstants(),
     FoldLateConstants(),
     FoldAffine(),
+    # fuse: one kernel where operators would write what the next one reads
+    FuseGatedLinear(),
     # lower: plain operators, and constants as they are stored
     InlineGates(),
     MergeConstants(),

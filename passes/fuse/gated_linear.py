@@ -1,0 +1,159 @@
+"""Fuse a linear layer, its activation and a hard gate into one kernel, with the up projection that they multiply."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch.fx import Node
+
+from fxfreeze.kernels.gate import KERNEL as GATE
+from fxfreeze.kernels.gated_linear import KERNEL as FUSED
+from fxfreeze.program import Origin, Program
+from fxfreeze.rewrite import Context, NodeRewrite, NoMatch, Outcome, fail
+
+from .._operators import WeightOperator, arguments, constant_problem, weight_operator
+
+aten = torch.ops.aten
+
+ACTIVATIONS = {
+    (aten.relu.default, None): "relu",
+    (aten.silu.default, None): "silu",
+    (aten.gelu.default, "none"): "gelu",
+    (aten.gelu.default, "tanh"): "gelu_tanh",
+}
+"""Operator and its approximation → what ``fxfreeze::gated_linear`` calls it."""
+
+
+class FuseGatedLinear(NodeRewrite):
+    """gate(act(x·Wᵀ + b)), and gate(act(x·Wᵀ + b)) ⊙ (x·Uᵀ + c), become one ``fxfreeze::gated_linear``.
+
+    W, b, U and c are constants, and nothing else reads what is in between. In half precision that is no longer rounded.
+
+    Only where the kernel runs: on a GPU, with nothing but the torch target asked for, which launches it. In the graph
+    of another target the operator would become its reference, and on a CPU Inductor's epilogue of MKL's product is as
+    good. A normalization in front stays: beside other readers nothing would be saved, and the kernel's own statistics
+    are not known to be faster.
+    """
+
+    name, stage, targets = "fuse-gated-linear", "fuse", (GATE.op,)
+    devices: ClassVar[tuple[str, ...]] = ("cuda",)
+    """Types of device where it pays; HIP's is "cuda", too."""
+
+    def missed(self, program: Program, miss: NoMatch, ctx: Context) -> None:
+        _report(program, ctx, miss.node, "skipped", executes=str(GATE.op), detail=miss.reason)
+
+    def rewrite(self, program: Program, node: Node, ctx: Context) -> bool | NoMatch:
+        if node.meta["val"].device.type not in self.devices or tuple(ctx.plan.targets) != ("torch",):
+            return False
+        found = match(program, node)
+        if isinstance(found, NoMatch):
+            return found
+        _report(program, ctx, node, "rewritten", executes=str(FUSED.op), detail=found.says)
+        program.replace(found.last, build(program, found))
+        return True
+
+
+@dataclass(frozen=True)
+class GatedLinear:
+    """What is fused.
+
+    Attributes:
+        gate: the gate.
+        linear: the layer before it.
+        activation: between the two; a name of ``kernels/gated_linear.py``.
+        up: the layer that the gate's result is multiplied by.
+        last: the node whose value the fused operator has: the product with `up`, else the gate.
+    """
+
+    gate: Node
+    linear: WeightOperator
+    activation: str
+    up: WeightOperator | None
+    last: Node
+
+    @property
+    def says(self) -> str:
+        parts = ["the linear layer", *[self.activation] * (self.activation != "none"), "the gate"]
+        parts += ["the up projection"] * (self.up is not None)
+        return f"{', '.join(parts[:-1])} and {parts[-1]} in one kernel"
+
+
+def match(program: Program, gate: Node) -> GatedLinear | NoMatch:
+    """What is to be fused with `gate`, or why nothing is."""
+    given, value = arguments(gate), gate.meta["val"]
+    if given["temperature"] is not None:
+        return fail("it is soft", gate)
+    if given["mode"] is not None:
+        return fail("its thresholds differ from row to row", gate)
+    if given["dim"] not in (-1, value.dim() - 1):
+        return fail(f"its neurons lie along dim {given['dim']}, not along the last", gate)
+    threshold = given["threshold"].meta["val"].dtype
+    if value.dtype == torch.float64 or threshold != torch.float32:
+        return fail(f"the kernel takes no {threshold} threshold beside {value.dtype}", gate)
+    behind, activation = given["h"], _activation(given["h"])
+    if activation != "none":
+        if set(behind.users) != {gate}:
+            return fail(f"what {behind.target} makes is read elsewhere, too", gate)
+        behind = behind.args[0]
+    linear = _linear(program, behind)
+    if isinstance(linear, NoMatch):
+        return fail(linear.reason, gate)
+    product, up = _up(program, gate, linear)
+    return GatedLinear(gate, linear, activation, up, product)
+
+
+def _activation(node: Node) -> str:
+    if node.op != "call_function" or node.target not in {target for target, _ in ACTIVATIONS}:
+        return "none"
+    return ACTIVATIONS[node.target, arguments(node).get("approximate")]
+
+
+def _linear(program: Program, node: Node) -> WeightOperator | NoMatch:
+    """`node` as a linear layer of constants that one node reads."""
+    if node.target is not aten.linear.default:
+        return fail(f"{node.target} is no linear layer", node)
+    operator = weight_operator(node)
+    if isinstance(operator, NoMatch):
+        return operator
+    if (problem := constant_problem(program, operator)) is not None:
+        return problem
+    return operator if len(node.users) == 1 else fail("the linear layer's result is read elsewhere, too", node)
+
+
+def _up(program: Program, gate: Node, linear: WeightOperator) -> tuple[Node, WeightOperator | None]:
+    """The product of `gate` with another layer of the same input, and that layer; else `gate` itself, and None."""
+    product = next(iter(gate.users))
+    if len(gate.users) > 1 or product.target is not aten.mul.Tensor:
+        return gate, None
+    other = product.args[1] if product.args[0] is gate else product.args[0]
+    if not isinstance(other, Node) or other is gate:
+        return gate, None
+    up = _linear(program, other)
+    # An up projection to one feature would be broadcast.
+    if isinstance(up, NoMatch) or up.input is not linear.input or up.shape != linear.shape:
+        return gate, None
+    return product, up
+
+
+def build(program: Program, found: GatedLinear) -> Node:
+    """The fused operator in front of ``found.last``."""
+    given, linear, up = arguments(found.gate), found.linear, found.up
+    operands = [linear.input, linear.weight, linear.bias, given["threshold"], given["gain"]]
+    operands += [] if up is None else [up.weight, up.bias]
+    while operands[-1] is None:
+        operands.pop()
+    # As export writes calls: without defaults.
+    how = {"activation": found.activation} if found.activation != "none" else {}
+    how |= {"score": given["score"]} if given["score"] != "h" else {}
+    return program.call(FUSED.op, *operands, before=found.last, like=found.gate, **how)
+
+
+def _report(program: Program, ctx: Context, gate: Node, outcome: Outcome, *, executes: str, detail: str) -> None:
+    origin = gate.meta.get("fxfreeze")
+    step, site = (origin.step, origin.site) if isinstance(origin, Origin) else ("", program.module_path(gate))
+    ctx.ledger.add(
+        site=site, step=step, requested="a gate behind a linear layer", outcome=outcome, executes=executes,
+        detail=detail,
+    )  # fmt: skip
