@@ -128,7 +128,7 @@ def _up(program: Program, gate: Node, linear: WeightOperator) -> tuple[Node, Wei
     if len(gate.users) > 1 or product.target is not aten.mul.Tensor:
         return gate, None
     other = product.args[1] if product.args[0] is gate else product.args[0]
-    if not isinstance(other, Node) or other is gate:
+    if not isinstance(other, Node):
         return gate, None
     up = _linear(program, other)
     # An up projection to one feature would be broadcast.

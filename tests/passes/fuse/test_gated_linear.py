@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -250,6 +251,22 @@ def test_not_on_a_cpu_and_without_a_word() -> None:
 def test_it_is_in_the_pipeline_after_the_folds() -> None:
     stages = [STAGES.index(item.stage) for item in PIPELINE]
     assert stages == sorted(stages) and "fuse-gated-linear" in [item.name for item in PIPELINE]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_an_artifact_holds_it(dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through all passes, measured against the model, saved and loaded."""
+    monkeypatch.setattr(FuseGatedLinear, "devices", ("cpu",))
+    model = MLP(lambda m, x: m.gate(silu(m.proj(x))) * m.up_proj(x), getattr(torch, dtype)).eval()
+    plan = fz.Plan(inputs=[fz.Input("x", shape=("batch", 3, 6), dtype=dtype)], targets=["torch"])
+    artifact = fz.compile(model, plan)
+    artifact.save(tmp_path / "a")
+    assert [row["executes"] for row in artifact.manifest["ledger"] if row["pass_name"] == "fuse-gated-linear"] == [
+        str(FUSED.op)
+    ]
+    x = torch.randn(7, 3, 6, dtype=getattr(torch, dtype))
+    tolerance = {"rtol": 1e-5, "atol": 1e-5} if dtype == "float32" else {"rtol": 0.03, "atol": 0.03}
+    torch.testing.assert_close(fz.load(tmp_path / "a")(x), model(x), **tolerance)
 
 
 # ---- wrong rewrites
