@@ -13,8 +13,8 @@ sums need tiles in registers that else stay in shared memory, so fewer of them a
 
 Roofline: arithmetic, but for few rows. To reach on an H100 in bfloat16 at M, N, K ≥ 4096 without a normalization:
 within 5 % of the same kernel without an epilogue, and that one within 10 % of cuBLAS; for 16 rows or less 80 % of the
-copy bandwidth over W and U. Not measured yet. Compiled for cuda:90, no tile spills without an epilogue; with one, tiles
-of 128 accumulators per thread spill up to 400 bytes, behind the loop.
+copy bandwidth over W and U. Not measured yet. Compiled for cuda:90 the largest tiles spill nothing without an
+epilogue, and up to 400 bytes per thread with one: the loop itself does not spill.
 
 This module imports triton: import it inside a launcher.
 """
