@@ -13,6 +13,7 @@ from .adapt.tversky import InsertTversky
 from .clean.attention import FourDimAttention
 from .clean.common import CommonSubexpressions
 from .clean.constants import FoldConstants, FoldLateConstants
+from .clean.gates import RecogniseGates
 from .clean.noops import StripNoOps
 from .clean.shapes import ExplicitShapes
 from .fold.affine import FoldAffine
@@ -32,6 +33,7 @@ PIPELINE: tuple[Pass, ...] = (
     CommonSubexpressions(),
     FoldConstants(),
     FourDimAttention(),
+    RecogniseGates(),
     # adapt: put the plan's adapters in
     InsertTversky(),
     InsertDelta(),
