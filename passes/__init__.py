@@ -18,6 +18,7 @@ from .clean.noops import StripNoOps
 from .clean.shapes import ExplicitShapes
 from .fold.affine import FoldAffine
 from .fold.delta import FoldDelta
+from .fold.gate import FoldGate
 from .fold.row_constants import DropRowConstants
 from .fold.tversky import FoldTversky
 from .freeze.harden import Harden
@@ -45,6 +46,7 @@ PIPELINE: tuple[Pass, ...] = (
     FoldTversky(),
     DropRowConstants(),
     FoldLateConstants(),
+    FoldGate(),
     FoldAffine(),
     # fuse: one kernel where operators would write what the next one reads
     FuseGatedLinear(),

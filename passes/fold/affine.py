@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
 from torch.fx import Node
 
+from fxfreeze.constants import Edit
 from fxfreeze.dataflow import Passage, passage
 from fxfreeze.program import Origin, Program
 from fxfreeze.rewrite import Context, NodeRewrite, NoMatch, Outcome, fail
 
+from .._gates import GATE, HardGate, hard_gate
 from .._operators import FORMS, WeightOperator, constant_problem, weight_operator
 from ._affine import BATCH_NORM, TARGETS, Affine, affine_of, pads, response, scaled_inputs, scaled_outputs
 from ._change import Change
@@ -21,6 +27,7 @@ class FoldAffine(NodeRewrite):
 
     Between the two may lie operators that keep channels apart (:mod:`fxfreeze.dataflow`), a ReLU only with γ > 0 and
     without β. Forwards, β never goes into a convolution that pads with zeros: it would not reach the padding.
+    Backwards, γ > 0 also passes a hard gate, which takes it into its thresholds: γ·gate(h, τ) = gate(γ·h, γ·τ).
     """
 
     name, stage, targets = "fold-affine", "fold", TARGETS
@@ -34,7 +41,7 @@ class FoldAffine(NodeRewrite):
             matters = node.target is BATCH_NORM or "fxfreeze" in node.meta
             return fail("it is no per-channel affine function of one value", node) if matters else False
         back = fold_back(program, affine)
-        changes = [back] if isinstance(back, Change) else fold_forward(program, affine)
+        changes = fold_forward(program, affine) if isinstance(back, NoMatch) else back
         if isinstance(changes, NoMatch):
             assert isinstance(back, NoMatch)
             return fail(f"backwards: {back.reason}; forwards: {changes.reason}", node)
@@ -42,7 +49,8 @@ class FoldAffine(NodeRewrite):
         for change, weight, bias in values:
             if reason := change.misfit(program, weight, bias, COPY_LIMIT[_kind(node)]):
                 return fail(reason, node)
-        into = ", ".join(f"{_name(item.operator.node)} {program.module_path(item.operator.node)}" for item in changes)
+        weights = [item.operator.node for item in changes if isinstance(item, Change)]
+        into = ", ".join(f"{_name(item)} {program.module_path(item)}" for item in weights)
         _report(program, ctx, node, "rewritten", executes=f"folded into {into.strip()}")
         for change in changes:
             change.apply(program)
@@ -50,25 +58,77 @@ class FoldAffine(NodeRewrite):
         return True
 
 
-def fold_back(program: Program, affine: Affine) -> Change | NoMatch:
-    """The change that makes the operator behind ``affine.value`` give γ⊙x + β itself."""
+@dataclass(frozen=True)
+class Levels:
+    """What a gain that passes a hard gate does to its thresholds."""
+
+    gate: HardGate
+    edit: Edit
+
+    def values(self, program: Program) -> tuple[Tensor | None, Tensor | None]:
+        """The new thresholds, as :meth:`Change.values` gives weight and bias."""
+        old = program.constant64(self.gate.threshold)
+        assert old is not None
+        return self.edit(old), None
+
+    def misfit(self, program: Program, levels: Tensor | None, _: Tensor | None, limit: int) -> str | None:
+        """Why they cannot be stored."""
+        assert levels is not None
+        stored = self.gate.threshold.meta["val"].dtype
+        finite = levels[levels.isfinite()]
+        if bool((finite.abs() > torch.finfo(stored).max).any()):
+            return f"a threshold of {self.gate.node.name} would overflow {stored}"
+        return None
+
+    def apply(self, program: Program) -> None:
+        """Let the gate read them; another that reads the old ones keeps them."""
+        program.refine(self.gate.threshold, self.edit, user=self.gate.node)
+
+
+def fold_back(program: Program, affine: Affine) -> list[Change | Levels] | NoMatch:
+    """The changes that make the operator behind ``affine.value`` give γ⊙x + β itself."""
+    found = _way_back(program, affine)
+    if isinstance(found, NoMatch):
+        return found
+    operator, gates = found
+    change, gain = _scaled_result(operator, affine), affine.gain
+    return change if isinstance(change, NoMatch) else [change, *(Levels(gate, lambda t: t * gain) for gate in gates)]
+
+
+def _way_back(program: Program, affine: Affine) -> tuple[WeightOperator, list[HardGate]] | NoMatch:
+    """The operator behind ``affine.value``, and the gates between the two."""
     cursor, reader, dim = affine.value, affine.node, affine.dim
+    gates: list[HardGate] = []
     while True:
         if set(cursor.users) != {reader}:
             return fail(f"{cursor.name} is read elsewhere too", cursor)
         operator = _operator(program, cursor)
         if isinstance(operator, WeightOperator):
             break
-        way = passage(cursor)
+        gate = hard_gate(program, cursor) if cursor.target is GATE else None
+        if gate is not None and not isinstance(gate, HardGate):
+            return gate
+        way = passage(cursor) if gate is None else _through(gate)
         if way is None:
             return operator
+        if gate is not None:
+            gates.append(gate)
         dim = None if dim is None else way.to_operand(dim)
         if reason := _blocked(way, affine, dim):
             return fail(f"{_name(cursor)} {reason}", cursor)
         reader, cursor = cursor, cursor.args[0]  # type: ignore[assignment]
     if dim not in (None, _channel_dim(operator)):
         return fail(f"it does not vary along the channels of {_name(cursor)}", cursor)
-    gain, shift = affine.gain, affine.shift
+    return operator, gates
+
+
+def _through(gate: HardGate) -> Passage | None:
+    """A gate lets a positive gain pass along its own dim, or one for all; not where a row chooses its thresholds."""
+    return Passage({gate.dim: gate.dim}, positive=True, shift=False) if gate.mode is None else None
+
+
+def _scaled_result(operator: WeightOperator, affine: Affine) -> Change | NoMatch:
+    cursor, gain, shift = operator.node, affine.gain, affine.shift
     scale = (lambda w: scaled_outputs(operator, w, gain)) if bool((gain != 1).any()) else None
     if operator.kind == "embedding":
         return Change(operator, lambda w: scaled_outputs(operator, w, gain) + (0 if shift is None else shift), None)
@@ -79,9 +139,10 @@ def fold_back(program: Program, affine: Affine) -> Change | NoMatch:
     return Change(operator, scale, lambda b: b * gain + (0 if shift is None else shift))
 
 
-def fold_forward(program: Program, affine: Affine) -> list[Change] | NoMatch:
+def fold_forward(program: Program, affine: Affine) -> list[Change | Levels] | NoMatch:
     """The changes that let all readers of y read x instead."""
-    changes, stack = [], [(affine.node, affine.dim)]
+    changes: list[Change | Levels] = []
+    stack = [(affine.node, affine.dim)]
     while stack:
         value, dim = stack.pop()
         for user in value.users:

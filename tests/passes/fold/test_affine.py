@@ -13,8 +13,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import fxfreeze as fz
+from fxfreeze import dataflow
 from fxfreeze.capture import capture
 from fxfreeze.constants import Recipe
+from fxfreeze.errors import ProofError
+from fxfreeze.kernels.gate import KERNEL as GATE
 from fxfreeze.passes.clean.noops import StripNoOps
 from fxfreeze.passes.fold import affine as module
 from fxfreeze.passes.fold.affine import FoldAffine
@@ -412,6 +415,109 @@ def test_a_folded_weight_takes_no_memory_of_its_own_until_it_is_rounded() -> Non
     model = randomised(seq(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))).bfloat16()
     program, _ = fold_as_is(model, "batch", 3, 5, 5, dtype="bfloat16")
     assert program.state.tensor("0.weight").data_ptr() == model[0].weight.data_ptr()
+
+
+# ---- hard gates
+
+
+def gate(dim: int = -1, **options: Any) -> nn.Module:
+    """Six neurons, of which some fire at everything, some at little, and some at what is negative too."""
+    threshold = torch.tensor([0.1, -0.2, 0.0, 0.4, -5.0, 0.3])
+    return Fn(lambda m, x: GATE.op(x, m.t, dim=dim, **options), t=threshold)
+
+
+def test_a_positive_gain_passes_a_hard_gate_into_its_thresholds() -> None:
+    gain = torch.rand(6) + 0.1
+    scale = lambda: Fn(lambda m, x: x * m.c, c=gain)  # noqa: E731
+    channels = lambda: Fn(lambda m, x: x * m.c, c=gain[:, None, None])  # noqa: E731
+    model = Branches(
+        plain=seq(nn.Linear(4, 6), gate(), scale()),
+        relu=seq(nn.Linear(4, 6), nn.ReLU(), gate(), scale()),
+        magnitude=seq(nn.Linear(4, 6), gate(score="abs"), scale()),
+        number=seq(nn.Linear(4, 6), gate(), Fn(lambda m, x: x * 3)),
+        twice=seq(nn.Linear(4, 6), gate(), gate(score="abs"), scale()),
+    )
+    program, ctx = fold(model, "batch", 4)
+    assert not {"mul", "add"} & set(operators(program))
+    assert rows(ctx, "relu")[0].executes == "folded into linear branches.relu.0"
+    threshold = program.state["branches.plain.1.t"]
+    assert relative_error(threshold, model.branches["plain"][1].t.double() * gain.double()) < 1e-12
+    model = Branches(conv=seq(nn.Conv2d(4, 6, 3), nn.ReLU(), gate(dim=1), nn.MaxPool2d(2), channels()))
+    assert operators(fold(model, "batch", 4, 8, 8)[0]) == ["conv2d", "relu", "gate", "max_pool2d"]
+
+
+def test_what_does_not_pass_a_hard_gate() -> None:
+    gain = torch.rand(6) + 0.1
+    mixed = gain * torch.tensor([1, -1, 1, 1, 1, 1])
+    model = Branches(
+        negative=seq(nn.Linear(4, 6), gate(), Fn(lambda m, x: x * m.c, c=mixed)),
+        shift=seq(nn.Linear(4, 6), gate(), Fn(lambda m, x: x + m.c, c=gain)),
+        soft=seq(nn.Linear(4, 6), Fn(lambda m, x: GATE.op(x, m.c, None, m.h), c=gain, h=torch.tensor(0.5)),
+                 Fn(lambda m, x: x * m.c, c=gain)),
+        fan_out=Fn(lambda m, x, a, b: (y := a(x)) + b(y) * m.c, nn.Linear(4, 6), gate(), c=gain),
+    )  # fmt: skip
+    program, _ = fold(model, "batch", 4)
+    assert at(program, "negative")[-1] == at(program, "soft")[-1] == "mul" and at(program, "shift")[-1] == "add"
+    assert "mul" in at(program, "fan_out")
+    across = seq(nn.Conv2d(4, 6, 3), gate(dim=1), Fn(lambda m, x: x * m.c, c=gain))
+    assert operators(fold(across, "batch", 4, 8, 8)[0]) == ["conv2d", "gate", "mul"]
+
+
+def test_a_gate_that_reads_the_same_thresholds_keeps_them() -> None:
+    def two(m: Fn, x: Tensor, first: nn.Module, second: nn.Module) -> tuple[Tensor, ...]:
+        return GATE.op(first(x), m.t) * 3, GATE.op(second(x), m.t).sin()
+
+    program, _ = fold(Fn(two, nn.Linear(4, 6), nn.Linear(4, 6), t=torch.rand(6)), "batch", 4)
+    assert operators(program).count("mul") == 0
+    gates = program.graph.find_nodes(op="call_function", target=GATE.op)
+    first, second = (program.state[str(node.args[1].target)] for node in gates)
+    assert relative_error(first, second.double() * 3) < 1e-12
+
+
+def test_thresholds_stay_where_the_fold_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(module.COPY_LIMIT, "affine", 0)
+    layer = nn.Linear(4, 6)
+    model = Fn(lambda m, x, layer, gate: (gate(layer(x)) * 3, layer(x.sin()).cos()), layer, gate())
+    plan = fz.Plan(inputs=[fz.Input("x", shape=("batch", 4))])
+    program, _ = capture(model, plan)
+    threshold = program.state["layers.1.t"]
+    run_passes(program, [FoldAffine()], Context(plan))
+    assert "mul" in operators(program) and program.state["layers.1.t"] is threshold
+
+
+def test_a_threshold_that_would_overflow_stays() -> None:
+    level = torch.full((6,), 3e38)
+    model = seq(nn.Linear(4, 6), Fn(lambda m, x: GATE.op(x, m.t), t=level), Fn(lambda m, x: x * 2))
+    assert operators(fold(model, "batch", 4)[0]) == ["linear", "gate", "mul"]
+
+
+def test_a_relu_above_a_threshold_is_a_relu_with_another_bias() -> None:
+    """ReLU(x − τ) needs no gate: the threshold goes into the bias of what makes x."""
+    tau = torch.rand(6)
+    model = Branches(
+        linear=seq(nn.Linear(4, 6, bias=False), Fn(lambda m, x: F.relu(x - m.t), t=tau)),
+        number=seq(nn.Linear(4, 6), Fn(lambda m, x: F.relu(x - 0.25))),
+    )
+    assert operators(fold(model, "batch", 4)[0]) == ["linear", "relu"] * 2
+    model = seq(nn.Conv2d(4, 6, 3, padding=1), Fn(lambda m, x: F.relu(x - m.t), t=tau[:, None, None]))
+    assert operators(fold(model, "batch", 4, 5, 5)[0]) == ["conv2d", "relu"]
+
+
+@pytest.mark.parametrize(
+    ("name", "broken"),
+    [("Levels.edit", None), ("_through", lambda gate: dataflow.Passage({-1: -1, -3: -3}, positive=False)),
+     ("shift", lambda gate: dataflow.Passage({-1: -1}, positive=True))],
+)  # fmt: skip
+def test_the_proof_rejects_wrong_ways_through_a_gate(monkeypatch: pytest.MonkeyPatch, name: str, broken: Any) -> None:
+    c = torch.tensor([1.0, -1.0, 2.0, 0.5, 3.0, 1.5])
+    if name == "Levels.edit":  # the thresholds are forgotten
+        monkeypatch.setattr(module.Levels, "apply", lambda self, program: None)
+        c = c.abs() + 1
+    else:
+        monkeypatch.setattr(module, "_through", broken)
+    last = Fn(lambda m, x: x + m.c, c=c) if name == "shift" else Fn(lambda m, x: x * m.c, c=c)
+    with pytest.raises(ProofError):
+        fold(seq(nn.Linear(4, 6), gate(), last), "batch", 4)
 
 
 # ---- identity
