@@ -26,6 +26,7 @@ from .fuse.gated_linear import FuseGatedLinear
 from .lower.gates import InlineGates
 from .lower.merge import MergeConstants
 from .lower.round import Round
+from .prune.dead_neurons import DeadNeurons
 
 PIPELINE: tuple[Pass, ...] = (
     # clean: what means nothing to a frozen graph
@@ -48,6 +49,8 @@ PIPELINE: tuple[Pass, ...] = (
     FoldLateConstants(),
     FoldGate(),
     FoldAffine(),
+    # prune: what no input can reach
+    DeadNeurons(),
     # fuse: one kernel where operators would write what the next one reads
     FuseGatedLinear(),
     # lower: plain operators, and constants as they are stored

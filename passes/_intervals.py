@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -37,10 +37,14 @@ _LARGEST = torch.finfo(torch.float64).max
 
 @dataclass(frozen=True, eq=False)
 class Interval:
-    """``low ≤ value ≤ high``, float64 tensors of the value's shape with one row; the same object for a constant."""
+    """``low ≤ value ≤ high``, float64 tensors of the value's shape with one row; the same object for a constant.
+
+    `terms` is what the terms of a product with a weight may add up to without their signs: its rounding is theirs.
+    """
 
     low: Tensor
     high: Tensor
+    terms: Tensor | None = None
 
     @property
     def exact(self) -> bool:
@@ -56,10 +60,14 @@ Rule = Callable[[Node, dict[str, Any]], Any]
 
 
 @torch.no_grad()
-def intervals(program: Program) -> dict[Node, Interval]:
+def intervals(program: Program, *, rounding: bool = False) -> dict[Node, Interval]:
     """Bounds of every input and every result of an operator, where its shape is known apart from the number of rows.
 
     A value that is not in it may be anything, of any size. Bounds are infinite, never NaN, where none are known.
+
+    Args:
+        program: stays as it is.
+        rounding: let the bounds hold for a run in the storage dtypes too, with what its operators usually round away.
     """
     rows = {str(size.node.expr) for node in program.placeholders if node.meta["val"].ndim
             if isinstance(size := node.meta["val"].shape[0], torch.SymInt)}  # fmt: skip
@@ -71,10 +79,25 @@ def intervals(program: Program) -> dict[Node, Interval]:
             continue
         constants = [item for item in node.all_input_nodes if item.op == "get_attr"]
         found.update({item: _constant(program, item) for item in constants})
-        found[node] = _result(node, found, rows)
+        made = _result(node, found, rows)
+        found[node] = _with_rounding(node, made) if rounding and isinstance(made, Interval) else made
         for item in constants:  # a model's weights need not all be there in float64 at once
             del found[item]
     return {node: item for node, item in found.items() if isinstance(item, Interval)}
+
+
+def _with_rounding(node: Node, made: Interval) -> Interval:
+    """Wider by a few roundings of a value, or of the terms where many are added."""
+    dtype = node.meta["val"].dtype
+    if made.exact or node.target in MOVES or not dtype.is_floating_point:
+        return made
+    size, eps = made.magnitude, torch.finfo(dtype).eps
+    if made.terms is not None:
+        return _made(made.low, made.high, 32 * eps * made.terms)
+    if node.target in SUMMING:
+        finite = size[size.isfinite()]
+        return _made(made.low, made.high, 32 * eps * float(finite.max()) if finite.numel() else 0.0)
+    return _made(made.low, made.high, torch.where(size.isfinite(), 4 * eps * size, 0.0))
 
 
 def _declared(spec: TensorSpec, shape: list[int] | None) -> Interval | None:
@@ -243,13 +266,13 @@ def weighted(product: Callable[[Tensor, Tensor], Tensor], value: Interval, weigh
     low, high = (torch.where(end.isinf(), 0.0, end) for end in (value.low, value.high))
     above = product(high, up) + product(low, down)
     below = product(low, up) + product(high, down)
-    slack = product(torch.maximum(low.abs(), high.abs()), weight.abs()) * 1e-12
+    terms = product(torch.maximum(low.abs(), high.abs()), weight.abs())
     if not bool(value.low.isfinite().all() and value.high.isfinite().all()):
         endless, bottomless = value.high.isinf().double(), value.low.isinf().double()
         rises, falls = (up > 0).double(), (down < 0).double()
         above = torch.where(product(endless, rises) + product(bottomless, falls) > 0, math.inf, above)
         below = torch.where(product(bottomless, rises) + product(endless, falls) > 0, -math.inf, below)
-    return _made(below, above, slack)
+    return replace(_made(below, above, terms * 1e-12), terms=terms)
 
 
 # ---- rules
@@ -280,7 +303,8 @@ def _linear(node: Node, given: dict[str, Any]) -> Interval | None:
         return None
     if bias is None:
         return made
-    return plus(made, _along(bias, made) if form.kind in ("conv", "transposed") else bias)
+    total = plus(made, _along(bias, made) if form.kind in ("conv", "transposed") else bias)
+    return replace(total, terms=made.terms)
 
 
 def _embedding(node: Node, given: dict[str, Any]) -> Interval | None:
@@ -595,6 +619,13 @@ RULES: dict[Any, Rule] = {
                      aten.detach.default, aten.alias.default, aten.dropout.default), _same),
     GATE: _gate,
 }  # fmt: skip
+
+
+SUMMING = frozenset(AVERAGE_POOLS) | frozenset(ADAPTIVE_POOLS) | {
+    aten.sum.dim_IntList, aten.mean.dim, aten.mean.default, aten.layer_norm.default,
+    aten.rms_norm.default,
+}  # fmt: skip
+"""Operators without a weight that add many terms: their rounding may be that of the largest, not of the result."""
 
 
 def _matrices(left: Interval, right: Interval) -> Interval | None:

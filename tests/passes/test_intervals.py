@@ -268,6 +268,24 @@ def test_half_an_infinite_range_keeps_its_finite_end() -> None:
     )
 
 
+def test_bounds_with_rounding_hold_in_float32() -> None:
+    """Terms of a hundred that cancel: float32 leaves the bounds of real arithmetic, not those with room for it."""
+    torch.manual_seed(0)
+    layer = nn.Linear(64, 50)
+    with torch.no_grad():
+        layer.weight[:, 32:] = -layer.weight[:, :32]
+        layer.bias.zero_()
+    program = program_of(layer, image("batch", 64, low=100.0, high=100.0))
+    (node,) = program.output_nodes
+    found = program.run(torch.full((1, 64), 100.0))[0].double()
+    narrow, wide = intervals(program)[node], intervals(program, rounding=True)[node]
+    assert not bool(((narrow.low <= found) & (found <= narrow.high)).all())
+    assert bool(((wide.low <= found) & (found <= wide.high)).all())
+    assert float((wide.high - wide.low).max()) < 1e-2
+    silent = program_of(Fn(lambda m, x: F.relu(x - 5)), image("batch", 4))
+    assert bool((intervals(silent, rounding=True)[silent.output_nodes[0]].high == 0).all())
+
+
 # ---- rows
 
 
