@@ -37,9 +37,25 @@ class Head(nn.Module):
         return torch.ops.fxfreeze.tversky_frozen(x @ self.features.T, *weights, **self.kind)
 
 
-def lowered(largest=8, shape=("n", 6), **kind):
+class Gated(Head):
+    """Two more operators in the same package. One has a neuron with an infinite weight, of which a dense product makes
+    NaN where it does not fire."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("down", torch.randn(6, 50))
+        self.register_buffer("infinite", self.down.index_fill(0, torch.tensor(5), float("inf")))
+        self.register_buffer("bias", torch.randn(50))
+
+    def forward(self, x):
+        h = x.relu()
+        finite = torch.ops.fxfreeze.sparse_down(h, self.down, self.bias, crossover=0.5)
+        return super().forward(x), finite, torch.ops.fxfreeze.sparse_down(h, self.infinite, crossover=0.5)
+
+
+def lowered(largest=8, shape=("n", 6), model=Head, **kind):
     dims = {"n": Dim(max=largest)} if largest else {}
-    return Lowering(capture(Head(**kind).eval(), Plan(inputs=[Input("x", shape=shape)], dims=dims))[0])
+    return Lowering(capture(model(**kind).eval(), Plan(inputs=[Input("x", shape=shape)], dims=dims))[0])
 
 
 def ours(exported):
@@ -75,23 +91,39 @@ def test_without_such_an_operator_there_is_one_export():
     assert lowering.native is lowering.exported
 
 
+def test_a_sparse_product_is_kept_where_it_serves():
+    lowering = lowered(model=Gated)
+    down = OPS["sparse_down"]
+    assert set(shims(lowering.native)) == {KERNEL.native_op, down.native_op}
+    assert ours(lowering.native).count(str(down.native_op)) == 2
+    assert ours(lowering.exported) == []
+
+
 @pytest.mark.slow
 def test_a_package_runs_without_us(tmp_path):
     """A dynamic batch, in a process that cannot import fxfreeze."""
-    aoti.emit(lowered(), tmp_path)
-    inputs = [torch.randn(n, 6) for n in (1, 2, 8)]
-    torch.save([inputs, [Head()(x) for x in inputs]], tmp_path / "cases.pt")
+    aoti.emit(lowered(model=Gated), tmp_path)
+    few = torch.tensor([[0.5, -1.0, -2.0, 0.7, -0.1, -0.3]])  # 2 values above 0; 3 are as many as the sparse form takes
+    inputs = [few, torch.cat([few, -few.abs()]), torch.cat([few, few])]
+    inputs += [torch.randn(n, 6) for n in (1, 2, 8)]
+    inputs[-1][:, 5] = -1.0
+    torch.save([inputs, [Gated()(x) for x in inputs]], tmp_path / "cases.pt")
     code = textwrap.dedent("""
         import sys, torch
         sys.modules["fxfreeze"] = None
         inputs, want = torch.load("cases.pt")
         model = torch._inductor.aoti_load_package("model.pt2")
-        found = [model(x)[0] for x in inputs]
-        print(max(float((one - other).abs().max() / other.abs().max()) for one, other in zip(found, want)))
+        found = [model(x) for x in inputs]
+        pairs = [(one, other) for ours, theirs in zip(found, want) for one, other in zip(ours[:2], theirs)]
+        print(max(float((one - other).abs().max() / other.abs().max()) for one, other in pairs))
+        print(*(int(row[2].isfinite().all()) - int(row[2].isnan().all()) for row in found), sep=",")
         print(any(name.startswith("fxfreeze") and sys.modules[name] for name in sys.modules))
-        assert not hasattr(torch.ops.fxfreeze, "tversky_frozen_native")
+        for name in ("tversky_frozen_native", "sparse_down_native"):
+            assert not hasattr(torch.ops.fxfreeze, name)
     """)
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    error, imported = done.stdout.split()
+    error, sparse, imported = done.stdout.split()
     assert float(error) < 1e-6 and imported == "False"
+    # Where the last neuron fires the result is infinite in any case.
+    assert sparse.split(",")[:3] == ["1", "1", "-1"] and sparse.split(",")[-1] == "-1"
