@@ -23,6 +23,7 @@ from .fold.row_constants import DropRowConstants
 from .fold.tversky import FoldTversky
 from .freeze.harden import Harden
 from .fuse.gated_linear import FuseGatedLinear
+from .fuse.sparse_down import SparseDown
 from .lower.gates import InlineGates
 from .lower.merge import MergeConstants
 from .lower.round import Round
@@ -51,7 +52,8 @@ PIPELINE: tuple[Pass, ...] = (
     FoldAffine(),
     # prune: what no input can reach
     DeadNeurons(),
-    # fuse: one kernel where operators would write what the next one reads
+    # fuse: one call where a compiler sees several; what skips neurons looks for their gate, and so comes first
+    SparseDown(),
     FuseGatedLinear(),
     # lower: plain operators, and constants as they are stored
     InlineGates(),
