@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import subprocess
 import sys
@@ -471,12 +472,21 @@ def test_the_public_names_are_there() -> None:
     assert all(hasattr(harness, name) for name in harness.__all__) and LATENCY.looped and not DURATION.looped
 
 
-def test_the_gpu_benchmark_of_tversky_says_what_the_kernels_must_compute(monkeypatch):
+@pytest.mark.parametrize(("name", "count"), [("tversky_gpu", 6), ("sparse_gpu", 8)])
+def test_the_gpu_benchmarks_say_what_the_kernels_must_compute(monkeypatch, name, count):
     """Run on a CPU, where the operators are the same and the times mean nothing."""
-    from benchmarks import tversky_gpu
+    file = importlib.import_module(f"benchmarks.{name}")
+    monkeypatch.setattr(file, "DEVICE", "cpu")
+    found = [m for case in file.cases(harness.Options(quick=True)) for m in Runner(quick=True, rounds=1).run(case)]
+    assert [m.status for m in found] == ["ok"] * count
 
-    monkeypatch.setattr(tversky_gpu, "DEVICE", "cpu")
-    found = [
-        m for case in tversky_gpu.cases(harness.Options(quick=True)) for m in Runner(quick=True, rounds=1).run(case)
-    ]
-    assert [m.status for m in found] == ["ok"] * 6
+
+def test_the_sparse_benchmark_lets_as_many_neurons_fire_as_it_says():
+    from benchmarks import sparse_ffn
+
+    size = sparse_ffn.Size(64, 1000, 200, 0.1)
+    model = sparse_ffn.layer(size, seed=0)
+    x = sparse_ffn.draw_decided(model, torch.empty(size.batch, size.width), torch.Generator().manual_seed(0))
+    assert (model.fired(x) != 0).double().mean() == pytest.approx(0.1, abs=0.005)
+    h, wide = model.up(x), model.double().up(x.double())
+    assert torch.equal(h > model.threshold, wide > model.threshold)
