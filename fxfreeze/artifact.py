@@ -230,8 +230,8 @@ class Artifact:
         ``manifest["gates"]`` lists those that are.
 
         Returns:
-            Site → bool of the shape of the gated value, with every neuron the model had, also those that were removed
-            because they never fire.
+            Site → bool of the shape of the gated value, with every neuron the model had; False for those that were
+            removed, because they never fire or because nothing reads them.
 
         Raises:
             ArtifactError: as a call.

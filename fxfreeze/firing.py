@@ -23,7 +23,7 @@ class GateRow:
         step: the plan's step; "" for a gate of the model's own.
         dim: of the neurons.
         neurons: how many the model has there.
-        kept: those still there, in order; None: all. The others never fire.
+        kept: those still there, in order; None: all. The others never fire, or nothing reads them.
         share: of neurons that fired when the gate was hardened; None: it was hard already.
     """
 
@@ -39,7 +39,7 @@ class GateRow:
 
 
 def comparisons(program: Program) -> list[Node]:
-    """The nodes that say which neurons fire, in graph order."""
+    """The nodes that know which neurons fire, in graph order: comparisons, and operators with a gate inside."""
     return [
         node for node in program.graph.nodes
         if isinstance(origin := node.meta.get("fxfreeze"), Origin) and origin.primitive == FIRES
@@ -78,11 +78,23 @@ def fired(program: Program, rows: Sequence[Mapping[str, Any]], inputs: Sequence[
         result = node.target(*args, **kwargs)  # type: ignore[operator]
         if node in places:
             row = places[node]
-            found[row["site"]] = _whole(result, row)
+            fires = result if result.dtype == torch.bool else _inside(node, args, kwargs)
+            found[row["site"]] = _whole(fires, row)
         return result
 
     program.execute(inputs, lambda node: program.state[str(node.target)].to(node.meta["val"].dtype), call)
     return found
+
+
+def _inside(node: Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """Which neurons fire in a ``fxfreeze::gated_linear``."""
+    from .kernels.gate import fires
+
+    names = [item.name for item in node.target._schema.arguments]  # type: ignore[union-attr]
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    threshold, score = given.pop("threshold"), given.pop("score", "h")
+    bare = {key: value for key, value in given.items() if key not in ("gain", "up_weight", "up_bias")}
+    return fires(node.target(**bare), threshold, score=score)  # type: ignore[operator]
 
 
 def _whole(fires: Tensor, row: Mapping[str, Any]) -> Tensor:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch.fx import Node
 
 from fxfreeze.kernels.gate import KERNEL
-from fxfreeze.program import Program
+from fxfreeze.program import FIRES, GATE_FACTS, Origin, Program
 from fxfreeze.rewrite import NoMatch, fail
 
 from ._operators import arguments
@@ -35,6 +35,13 @@ class HardGate:
     mode: Node | None
     score: str
     dim: int
+
+
+def tell_firing(program: Program, node: Node, gate: Node, dim: int) -> None:
+    """Let `node`, which knows which neurons of `gate` fire, be where :mod:`fxfreeze.firing` looks for them."""
+    origin = gate.meta.get("fxfreeze") or Origin("", "", program.module_path(gate))
+    node.meta["fxfreeze"] = Origin(origin.step, FIRES, origin.site, origin.call)
+    node.meta.update({key: gate.meta[key] for key in GATE_FACTS if key in gate.meta}, dim=dim)
 
 
 def hard_gate(program: Program, node: Node) -> HardGate | NoMatch:

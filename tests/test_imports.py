@@ -61,7 +61,7 @@ TABLE: dict[str, str] = {
     "emit": "binding exporting lower program sampling serialize",
     "margin": "constants lower program proof",
     "parity": "binding constants emit margin plan program proof report sampling",
-    "firing": "program",
+    "firing": "kernels program",
     "artifact": "binding emit firing lower parity plan program report sampling serialize _version",
     "adapt": "binding capture margin passes pipeline plan program proof rewrite weights",
     "nn": "kernels",

@@ -13,6 +13,7 @@ from fxfreeze.kernels.gated_linear import KERNEL as FUSED
 from fxfreeze.program import Origin, Program
 from fxfreeze.rewrite import Context, NodeRewrite, NoMatch, Outcome, fail
 
+from .._gates import tell_firing
 from .._operators import WeightOperator, arguments, constant_problem, weight_operator
 
 aten = torch.ops.aten
@@ -147,7 +148,9 @@ def build(program: Program, found: GatedLinear) -> Node:
     # As export writes calls: without defaults.
     how = {"activation": found.activation} if found.activation != "none" else {}
     how |= {"score": given["score"]} if given["score"] != "h" else {}
-    return program.call(FUSED.op, *operands, before=found.last, like=found.gate, **how)
+    fused = program.call(FUSED.op, *operands, before=found.last, like=found.gate, **how)
+    tell_firing(program, fused, found.gate, -1)
+    return fused
 
 
 def _report(program: Program, ctx: Context, gate: Node, outcome: Outcome, *, executes: str, detail: str) -> None:

@@ -9,9 +9,10 @@ from torch.fx import Node
 
 from fxfreeze.inline import inline
 from fxfreeze.kernels.gate import KERNEL, reference
-from fxfreeze.program import FIRES, GATE_FACTS, Origin, Program
+from fxfreeze.program import Program
 from fxfreeze.rewrite import Context, NodeRewrite, NoMatch
 
+from .._gates import tell_firing
 from .._operators import arguments, aten
 
 _OPERANDS = ("h", "threshold", "gain", "temperature", "mode")
@@ -36,9 +37,8 @@ class InlineGates(NodeRewrite):
         ahead = set(program.graph.nodes)
         result = inline(program, function, *operands.values(), before=node, like=node)
         for new in set(program.graph.nodes) - ahead:
-            origin = new.meta.pop("fxfreeze", None) or Origin("", "", program.module_path(node))
+            new.meta.pop("fxfreeze", None)  # one node tells of the gate
             if new.target is aten.gt.Tensor:
-                new.meta["fxfreeze"] = Origin(origin.step, FIRES, origin.site, origin.call)
-                new.meta.update({key: node.meta[key] for key in GATE_FACTS if key in node.meta}, dim=given["dim"])
+                tell_firing(program, new, node, given["dim"])
         program.replace(node, result)
         return True

@@ -90,7 +90,8 @@ class Channels:
             shape[at] = len(kept) * span
             node.args = (node.args[0], shape)
         for node in self.gates:
-            before = node.meta.get("kept", range(node.meta["val"].shape[arguments(node)["dim"]]))
+            size = node.meta.setdefault("neurons", int(node.meta["val"].shape[arguments(node)["dim"]]))
+            before = node.meta.get("kept", range(size))
             node.meta["kept"] = tuple(before[at] for at in kept)
         for node in program.graph.nodes:
             if node in self.values:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from fxfreeze.passes import PIPELINE
 from fxfreeze.passes.fuse import gated_linear as module
 from fxfreeze.passes.fuse.gated_linear import FuseGatedLinear
 from fxfreeze.pipeline import run_passes
-from fxfreeze.program import Origin, Program
+from fxfreeze.program import FIRES, Origin, Program
 from fxfreeze.rewrite import STAGES, Context, LedgerRow
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -102,7 +103,7 @@ def test_linear_activation_gate(activation: str, score: str) -> None:
     (node,) = program.graph.find_nodes(op="call_function", target=FUSED.op)
     assert node.kwargs.get("activation", "none") == activation and node.kwargs.get("score", "h") == score
     assert [arg.target for arg in node.args[1:]] == ["proj.weight", "proj.bias", "threshold", "gain"]
-    assert node.meta["fxfreeze"] == ORIGIN
+    assert node.meta["fxfreeze"] == replace(ORIGIN, primitive=FIRES)
     between = f", {activation}" * (activation != "none")
     assert row == LedgerRow(
         "mlp.act", "sdt", "a gate behind a linear layer", "rewritten", "fuse-gated-linear", str(FUSED.op),
@@ -266,7 +267,11 @@ def test_an_artifact_holds_it(dtype: str, tmp_path: Path, monkeypatch: pytest.Mo
     ]
     x = torch.randn(7, 3, 6, dtype=getattr(torch, dtype))
     tolerance = {"rtol": 1e-5, "atol": 1e-5} if dtype == "float32" else {"rtol": 0.03, "atol": 0.03}
-    torch.testing.assert_close(fz.load(tmp_path / "a")(x), model(x), **tolerance)
+    loaded = fz.load(tmp_path / "a")
+    torch.testing.assert_close(loaded(x), model(x), **tolerance)
+    h = silu(model.proj(x))
+    near = (h.float() - model.threshold).abs() < tolerance["atol"]
+    assert list(loaded.firing(x)) == [""] and torch.equal(loaded.firing(x)[""] | near, (h > model.threshold) | near)
 
 
 # ---- wrong rewrites
