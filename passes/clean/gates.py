@@ -93,9 +93,9 @@ class RecogniseGates(NodeRewrite):
         placed = _placed(program, node, value, level)
         if isinstance(placed, NoMatch):
             return placed
-        _replace(program, node, value, factor, mask.level, *placed, score)
+        threshold = _replace(program, node, value, factor, mask.level, *placed, score)
         ctx.ledger.add(site=program.module_path(node), step="", requested="thresholded activation",
-                       outcome="rewritten", executes=str(KERNEL.op))  # fmt: skip
+                       outcome="rewritten", executes=str(KERNEL.op), detail=f"above {threshold}")  # fmt: skip
         return True
 
 
@@ -206,7 +206,8 @@ def _neurons(value: Node) -> int | None:
 
 def _replace(
     program: Program, node: Node, value: Node, factor: Any, given: Any, level: Tensor, dim: int, score: str
-) -> None:
+) -> str:
+    """Put the gate in the place of `node`; the name of its thresholds."""
     operand, old = value.meta["val"], program.constant(given)
     dtype = torch.promote_types(operand.dtype, torch.float32)
     if old is not None and old.ndim and old.is_floating_point():
@@ -221,6 +222,7 @@ def _replace(
     if factor is not None:
         new = program.call(aten.mul.Tensor, new, factor, before=node, like=node)
     program.replace(node, new)
+    return str(threshold.target)
 
 
 def _operand(node: Any, target: Any) -> Any:

@@ -52,16 +52,17 @@ class DeadNeurons(Pass):
         dead = _dead(program, gate, bound, None if isinstance(found, NoMatch) else found)
         if not bool(dead.either.any()):
             return False
+        total = dead.either.numel()
         if isinstance(found, NoMatch):
             ctx.near_misses.append(found)
-            _report(program, ctx, gate, dead, "skipped", f", but stay: {found.reason}")
+            _report(program, ctx, gate, dead, "skipped", f", but stay: {found.reason}", total)
             return False
         kept = (~dead.either).nonzero().flatten().tolist() or [0]
-        if len(kept) == dead.either.numel():
-            _report(program, ctx, gate, dead, "skipped", ", but it is the only one")
+        if len(kept) == total:
+            _report(program, ctx, gate, dead, "skipped", ", but it is the only one", total)
             return False
-        every = bool(dead.either.all())
-        _report(program, ctx, gate, dead, "rewritten", ": removed" + (", apart from one, since they are all" * every))
+        end = ": removed" + (", apart from one, since they are all" if bool(dead.either.all()) else "")
+        _report(program, ctx, gate, dead, "rewritten", end, len(kept))
         found.keep(program, kept)
         return True
 
@@ -98,7 +99,7 @@ def never_fires(program: Program, gate: HardGate, bound: Interval) -> Tensor:
     return highest <= lowest - 4 * torch.finfo(gate.value.meta["val"].dtype).eps * lowest.abs()
 
 
-def _report(program: Program, ctx: Context, gate: HardGate, dead: _Dead, outcome: Outcome, end: str) -> None:
+def _report(program: Program, ctx: Context, gate: HardGate, dead: _Dead, outcome: Outcome, end: str, left: int) -> None:
     node, total = gate.node, dead.either.numel()
     origin = node.meta.get("fxfreeze")
     step, site = (origin.step, origin.site) if isinstance(origin, Origin) else ("", program.module_path(node))
@@ -107,7 +108,7 @@ def _report(program: Program, ctx: Context, gate: HardGate, dead: _Dead, outcome
     said += [f"{unread} {'more ' if never else f'of {total} neurons '}are multiplied by 0"] if unread else []
     ctx.ledger.add(
         site=site, step=step, requested="dead neurons", outcome=outcome,
-        executes=str(node.target), detail=" and ".join(said) + end,
+        executes=f"{left} neurons above {gate.threshold.target}", detail=" and ".join(said) + end,
     )  # fmt: skip
 
 

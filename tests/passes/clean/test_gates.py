@@ -98,7 +98,11 @@ def test_every_spelling_of_a_gate(spelling: str) -> None:
     (gate,) = gates(program)
     assert gate.kwargs.get("score", "h") == "h" and program.state[str(gate.args[1].target)].tolist() == model.t.tolist()
     (row,) = [row for row in ctx.ledger if row.requested == "thresholded activation"]
-    assert row.outcome == "rewritten" and row.executes == "fxfreeze.gate.default"
+    assert (
+        row.outcome == "rewritten"
+        and row.executes == "fxfreeze.gate.default"
+        and row.detail == f"above {gate.args[1].target}"
+    )
     x = torch.randn(50, 3, 4)
     assert torch.equal(program.run(x)[0], PLAIN[spelling](model, x.sin()))
 

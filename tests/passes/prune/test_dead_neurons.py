@@ -92,6 +92,7 @@ def test_a_neuron_that_never_fires_leaves_its_row_and_its_column() -> None:
     assert shapes(program)["t"] == (4,) and shapes(program)["layers.1.bias"] == (3,)
     (row,) = rows(ctx)
     assert row.outcome == "rewritten" and row.detail == "2 of 6 neurons never fire for x in [0, 1]: removed"
+    assert row.executes == "4 neurons above t"
     assert gates(program)[0].meta["kept"] == (0, 2, 3, 5)
     x = torch.rand(50, 4)
     assert torch.allclose(program.run(x)[0], model(x), atol=1e-6)
