@@ -15,7 +15,7 @@ from torch.fx import Node
 from torch.nn.functional import linear
 
 from fxfreeze.constants import Edit, Recipe
-from fxfreeze.dataflow import RESHAPES, passage
+from fxfreeze.dataflow import RESHAPES
 from fxfreeze.kernels._op import at_most
 from fxfreeze.kernels.gate import KERNEL as GATE
 from fxfreeze.kernels.sparse_down import KERNEL, MAX_ROWS
@@ -132,7 +132,8 @@ def is_gated(value: Node, neurons: int) -> bool:
                 return True
         if item.target in PRODUCTS:
             stack += [part for part in item.args[:2] if isinstance(part, Node)]
-        elif item.target in RESHAPES and (way := passage(item)) is not None and way.to_operand(-1) == -1:
+        elif item.target in RESHAPES:
+            # With as many values before and after in its last dim, a reshape keeps that dim.
             stack.append(item.args[0])  # type: ignore[arg-type]
     return False
 

@@ -78,8 +78,10 @@ class Gated(nn.Module):
                 return self.down(h.reshape(-1, 3, K // 3).transpose(1, 2).reshape(-1, K))
             case "ungated":
                 return self.down(up)
-            case "of one neuron":
-                return self.down(h[:, :1] * up)
+            case "one gate for all":
+                return self.down(GATE.op(up[:, :1], self.threshold[:1]) * up)
+            case "regrouped":
+                return self.down(GATE.op(up.reshape(-1, K // 2), self.threshold[: K // 2]).reshape(-1, K))
         raise AssertionError(self.how)
 
 
@@ -131,7 +133,7 @@ def test_a_product_behind_a_gate_is_fused(how: str) -> None:
     torch.testing.assert_close(program.run(x)[0], model(x), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("how", ["shifted", "mixed", "ungated", "of one neuron"])
+@pytest.mark.parametrize("how", ["shifted", "mixed", "ungated", "one gate for all", "regrouped"])
 def test_a_product_of_something_else_is_left_alone(how: str) -> None:
     clock = Clock()
     program, rows = fused(Gated(how), clock=clock)
