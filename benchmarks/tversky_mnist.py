@@ -12,6 +12,7 @@ farther from the threshold than rounding reaches; those that differ nearer to it
 
 from __future__ import annotations
 
+import argparse
 import copy
 import os
 import shlex
@@ -44,6 +45,14 @@ class Images:
     train_labels: Tensor
     test: Tensor
     test_labels: Tensor
+
+
+def mnist_folder(parser: argparse.ArgumentParser) -> Path:
+    """Where ``mnist.npz`` is; an error of the command line where it is not."""
+    folder = Path(os.environ.get("FXFREEZE_DATA", record.ROOT.parent / "shared" / "data"))
+    if not (folder / "mnist.npz").is_file():
+        parser.error("mnist.npz is not there: name its folder in FXFREEZE_DATA")
+    return folder
 
 
 def mnist(folder: Path) -> Images:
@@ -176,9 +185,7 @@ def main() -> int:
     parser.add_argument("--epochs", type=int, default=4)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    folder = Path(os.environ.get("FXFREEZE_DATA", record.ROOT.parent / "shared" / "data"))
-    if not (folder / "mnist.npz").is_file():
-        parser.error("mnist.npz is not there: name its folder in FXFREEZE_DATA")
+    folder = mnist_folder(parser)
     shared = asdict(record.environment("tversky_mnist", quick=False, seed=0, command=shlex.join(sys.argv[1:])))
     targets = tuple(options.targets.split(","))
     rows = run(mnist(folder), epochs=options.epochs, targets=targets, say=lambda text: print(text, flush=True))
