@@ -194,10 +194,9 @@ def loss(net: nn.Module, images: Tensor, labels: Tensor, penalty: float) -> Tens
     return result + penalty * shares.mean()
 
 
-@torch.no_grad()
 def choose(data: Data, epochs: tuple[int, int], say: Callable[[str], None]) -> dict[str, Any]:
     """A row with the loss and the accuracy of every candidate on the held-out images, and the best of each method."""
-    with torch.random.fork_rng(devices=[]), torch.enable_grad():
+    with torch.random.fork_rng(devices=[]):
         base, tried = pretrained(data, CHOICE_SEED, epochs[0]), []
         for method in itertools.chain.from_iterable(map(candidates, METHODS)):
             net = specialised(base, method, data, CHOICE_SEED, epochs[1])

@@ -453,7 +453,7 @@ def test_outside_a_checkout_or_without_git_there_is_no_revision(
 
 def test_list_names_every_benchmark_without_importing_it() -> None:
     done = subprocess.run([*cli, "list"], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert all(name in done.stdout for name in ("compile_time", "peak_memory", "folded_lora"))
+    assert all(name in done.stdout for name in ("compile_time", "peak_memory", "folded_lora", "gate_modes"))
 
 
 @pytest.mark.parametrize(
