@@ -130,9 +130,9 @@ METHODS = (
 def candidates(method: Method) -> list[Method]:
     """What :func:`choose` compares."""
     if method.gated:
-        return [replace(method, rate=rate, start=start) for rate in (3e-3, 1e-2, 3e-2) for start in (None, 0.0)]
+        return [replace(method, rate=rate, start=start) for rate in (1e-3, 3e-3, 1e-2, 3e-2) for start in (None, 0.0)]
     rates = {"lora": (1e-3, 3e-3, 1e-2, 3e-2), "full": (3e-4, 1e-3, 3e-3, 1e-2)}
-    return [replace(method, rate=rate) for rate in rates.get(method.kind, ())]
+    return [replace(method, rate=rate) for rate in rates.get(method.kind, (0.0,))]
 
 
 def pretrained(data: Data, seed: int, epochs: int) -> Net:
