@@ -119,12 +119,12 @@ class Method:
 
 METHODS = (
     Method("frozen base", "none"),
-    Method("gates", "gates", rate=0.03),
-    Method("gates, few firing", "gates", rate=0.03, penalty=0.1),
-    Method("LoRA, rank 4", "lora", rate=3e-3),
-    Method("full fine-tuning", "full", rate=1e-3),
+    Method("gates", "gates", rate=1e-3),
+    Method("gates, few firing", "gates", rate=3e-3, penalty=0.1, start=0.0),
+    Method("LoRA, rank 4", "lora", rate=1e-2),
+    Method("full fine-tuning", "full", rate=3e-3),
 )
-"""With the rates that :func:`choose` found."""
+"""With the rates and starts that :func:`choose` found."""
 
 
 def candidates(method: Method) -> list[Method]:
