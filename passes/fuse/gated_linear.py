@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import functools
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from functools import partial
+from typing import Any, ClassVar
 
 import torch
+from torch import Tensor
 from torch.fx import Node
+from torch.nn.functional import linear
 
+from fxfreeze.kernels._op import at_most
 from fxfreeze.kernels.gate import KERNEL as GATE
 from fxfreeze.kernels.gated_linear import KERNEL as FUSED
 from fxfreeze.program import Origin, Program
@@ -15,6 +22,7 @@ from fxfreeze.rewrite import Context, NodeRewrite, NoMatch, Outcome, fail
 
 from .._gates import tell_firing
 from .._operators import WeightOperator, arguments, constant_problem, weight_operator
+from ._timing import medians
 
 aten = torch.ops.aten
 
@@ -27,6 +35,26 @@ ACTIVATIONS = {
 """Operator and its approximation → what ``fxfreeze::gated_linear`` calls it."""
 
 
+@dataclass(frozen=True)
+class Layer:
+    """What the time of a gated layer hangs on; `rows`: the most there may be, up to :data:`ROWS`."""
+
+    rows: int
+    inputs: int
+    outputs: int
+    activation: str
+    up: bool
+    dtype: torch.dtype
+    device: torch.device
+
+
+ROWS = 2048
+"""More rows take more time in the same proportion."""
+
+Measure = Callable[[Layer], tuple[float, float]]
+"""Seconds of the one kernel, and of what it takes the place of."""
+
+
 class FuseGatedLinear(NodeRewrite):
     """gate(act(x·Wᵀ + b)), and gate(act(x·Wᵀ + b)) ⊙ (x·Uᵀ + c), become one ``fxfreeze::gated_linear``.
 
@@ -34,13 +62,17 @@ class FuseGatedLinear(NodeRewrite):
 
     Only where the kernel runs: on a GPU, with nothing but the torch target asked for, which launches it. In the graph
     of another target the operator would become its reference, and on a CPU Inductor's epilogue of MKL's product is as
-    good. A normalization in front stays: beside other readers nothing would be saved, and the kernel's own statistics
-    are not known to be faster.
+    good. There it is timed, at the layer's size, against cuBLAS and one pass over the result, which is what a compiler
+    makes of the rest; where that is as fast, it stays. A normalization in front stays in any case: beside other readers
+    nothing would be saved, and the kernel's own statistics are not known to be faster.
     """
 
     name, stage, targets = "fuse-gated-linear", "fuse", (GATE.op,)
     devices: ClassVar[tuple[str, ...]] = ("cuda",)
     """Types of device where it pays; HIP's is "cuda", too."""
+
+    def __init__(self, measure: Measure | None = None) -> None:
+        self.measure = measure or measured
 
     def missed(self, program: Program, miss: NoMatch, ctx: Context) -> None:
         _report(program, ctx, miss.node, "skipped", executes=str(GATE.op), detail=miss.reason)
@@ -51,9 +83,38 @@ class FuseGatedLinear(NodeRewrite):
         found = match(program, node)
         if isinstance(found, NoMatch):
             return found
-        _report(program, ctx, node, "rewritten", executes=str(FUSED.op), detail=found.says)
+        fused, apart = self.measure(_layer(found))
+        said = f"{fused * 1e3:.3g} ms against {apart * 1e3:.3g}"
+        if fused >= apart:
+            return fail(f"one kernel is no faster: {said}", node)
+        _report(program, ctx, node, "rewritten", executes=str(FUSED.op), detail=f"{found.says}: {said}")
         program.replace(found.last, build(program, found))
         return True
+
+
+def _layer(found: GatedLinear) -> Layer:
+    x, shape = found.linear.input.meta["val"], found.linear.shape
+    count = math.prod(x.shape[:-1])
+    rows = next((size for size in (2**power for power in range(ROWS.bit_length())) if at_most(count, size)), ROWS)
+    return Layer(rows, shape[1], shape[0], found.activation, found.up is not None, x.dtype, x.device)
+
+
+@functools.cache
+@torch.no_grad()
+def measured(layer: Layer) -> tuple[float, float]:
+    """On this machine; identical layers once per process."""
+    how: dict[str, Any] = {"dtype": layer.dtype, "device": layer.device}
+    x, weight = torch.randn(layer.rows, layer.inputs, **how), torch.randn(layer.outputs, layer.inputs, **how)
+    bias, threshold = torch.randn(layer.outputs, **how), torch.zeros(layer.outputs, device=layer.device)
+    up = (weight.flip(0).contiguous(), bias) if layer.up else (None, None)
+
+    def apart() -> Tensor:
+        # A copy reads and writes the result once, as the kernel that a compiler makes of the rest does.
+        return (linear(x, weight, bias) * linear(x, *up)) if layer.up else linear(x, weight, bias).clone()
+
+    fused = partial(FUSED.op, x, weight, bias, threshold, None, *up, activation=layer.activation)
+    times = medians({"fused": fused, "apart": apart}, layer.device)
+    return times["fused"], times["apart"]
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-import statistics
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -23,6 +21,7 @@ from fxfreeze.program import Program
 from fxfreeze.rewrite import Context, NodeRewrite, NoMatch, fail
 
 from .._operators import FORMS, WeightOperator, arguments, weight_operator
+from ._timing import medians
 
 aten = torch.ops.aten
 
@@ -34,7 +33,6 @@ SHARED = 64 << 20
 WORTH = 0.25
 """A gate that leaves a quarter of the neurons is a poor one; if even that many are too many, nothing is gained."""
 STEP = 0.05
-SECONDS = 0.4
 
 
 @dataclass(frozen=True)
@@ -251,28 +249,3 @@ def _measured(layer: Layer, threads: int) -> Sequence[Point]:
         calls["sparse", firing] = functools.partial(KERNEL.op, h, weight, bias, crossover=float(MAX_ROWS))
     times = medians(calls, layer.device)
     return [Point(firing, times["dense", len(h)], times["sparse", firing]) for firing, h in values.items()]
-
-
-def medians(
-    calls: dict[tuple[str, float], Callable[[], Tensor]], device: torch.device
-) -> dict[tuple[str, float], float]:
-    """Seconds of each call: the median of at most seven, taken in turns, and of fewer where they take long."""
-    found: dict[tuple[str, float], list[float]] = {key: [] for key in calls}
-    for call in calls.values():
-        call()  # what is built, chosen or read for the first time is not counted
-    started = time.perf_counter()
-    for turn in range(7):
-        if turn >= 2 and time.perf_counter() - started > SECONDS * turn / (turn + 1):
-            break
-        for key, call in calls.items():
-            found[key].append(_seconds(call, device))
-    return {key: statistics.median(values) for key, values in found.items()}
-
-
-def _seconds(call: Callable[[], Tensor], device: torch.device) -> float:
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    wait()
-    started = time.perf_counter()
-    call()
-    wait()
-    return time.perf_counter() - started

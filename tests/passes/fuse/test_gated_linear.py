@@ -38,6 +38,9 @@ class Anywhere(FuseGatedLinear):
 
     devices = ("cpu", "cuda")
 
+    def __init__(self) -> None:
+        super().__init__(lambda layer: (1e-3, 2e-3))
+
 
 class MLP(nn.Module):
     """`function` of the block itself and x [batch, 3, 6]."""
@@ -240,7 +243,7 @@ def on_cuda(targets: Any, step: FuseGatedLinear) -> tuple[list[str], Context]:
     ("targets", "pays"), [(("torch",), True), (("torch", "onnx"), False), (("aoti",), False), ((), False)]
 )
 def test_on_a_gpu_where_only_torch_is_asked_for(targets: Any, pays: bool) -> None:
-    found, ctx = on_cuda(targets, FuseGatedLinear())
+    found, ctx = on_cuda(targets, FuseGatedLinear(lambda layer: (1e-3, 2e-3)))
     assert (str(FUSED.op) in found) == pays and len(ctx.ledger) == pays and not ctx.near_misses
 
 
@@ -258,6 +261,8 @@ def test_it_is_in_the_pipeline_after_the_folds() -> None:
 def test_an_artifact_holds_it(dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Through all passes, measured against the model, saved and loaded."""
     monkeypatch.setattr(FuseGatedLinear, "devices", ("cpu",))
+    (instance,) = (item for item in PIPELINE if isinstance(item, FuseGatedLinear))
+    monkeypatch.setattr(instance, "measure", lambda layer: (1e-3, 2e-3))
     model = MLP(lambda m, x: m.gate(silu(m.proj(x))) * m.up_proj(x), getattr(torch, dtype)).eval()
     plan = fz.Plan(inputs=[fz.Input("x", shape=("batch", 3, 6), dtype=dtype)], targets=["torch"])
     artifact = fz.compile(model, plan)
@@ -272,6 +277,30 @@ def test_an_artifact_holds_it(dtype: str, tmp_path: Path, monkeypatch: pytest.Mo
     h = silu(model.proj(x))
     near = (h.float() - model.threshold).abs() < tolerance["atol"]
     assert list(loaded.firing(x)) == [""] and torch.equal(loaded.firing(x)[""] | near, (h > model.threshold) | near)
+
+
+# ---- the time
+
+
+def test_one_kernel_only_where_it_is_faster() -> None:
+    asked: list[Any] = []
+
+    def measure(layer: Any) -> tuple[float, float]:
+        asked.append(layer)
+        return 2e-3, 2e-3
+
+    slow = Anywhere()
+    slow.measure = measure
+    program, rows = fused(lambda m, x: m.gate(silu(m.proj(x))) * m.up_proj(x), step=slow, dims={"batch": fz.Dim(max=5)})
+    assert not program.graph.find_nodes(op="call_function", target=FUSED.op)
+    assert rows[-1].outcome == "skipped" and "one kernel is no faster: 2 ms against 2" in rows[-1].detail
+    assert asked == [module.Layer(16, 6, 9, "silu", True, torch.float32, torch.device("cpu"))]
+
+
+@pytest.mark.parametrize("up", [False, True])
+def test_both_ways_are_timed(up: bool) -> None:
+    one, apart = module.measured(module.Layer(4, 6, 9, "gelu", up, torch.float32, torch.device("cpu")))
+    assert one > 0 and apart > 0
 
 
 # ---- wrong rewrites
