@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fxfreeze.errors import FxfreezeError, PlanError
-from fxfreeze.plan import IA3, STEPS, VERSION, Dim, DoRA, Input, LoRA, Plan, Step
+from fxfreeze.plan import IA3, STEPS, VERSION, Dim, DoRA, Gate, Input, LoRA, Plan, Step
 
 IMAGE = {"name": "x", "shape": ["batch", 3]}
 
@@ -361,12 +361,17 @@ def inputs(draw: st.DrawFn, name: str) -> Input:
 
 
 @st.composite
-def steps(draw: st.DrawFn) -> Step:
+def steps(draw: st.DrawFn, *, rows: bool) -> Step:
     glob = st.text(st.characters(codec="utf-8"), min_size=1, max_size=8).filter(lambda s: s == s.strip())
     at: Any = draw(st.one_of(glob, st.lists(glob, min_size=1, max_size=3, unique=True)))
     weights = draw(st.sampled_from([None, "/a/b c.safetensors", "/ü/w.safetensors"]))
     if draw(st.booleans()):
         return IA3(at, draw(st.sampled_from(["in", "out"])), weights)
+    if draw(st.booleans()):
+        modes = draw(st.one_of(st.none(), st.integers(1, 10**4))) if rows else None
+        heat = draw(st.floats(1e-6, 1e6, allow_nan=False))
+        return Gate(at, s=draw(st.sampled_from(["h", "abs"])), temperature=heat, harden=draw(st.booleans()),
+                    modes=modes, select="fxfreeze_mode", weights=weights)  # fmt: skip
     kind = draw(st.sampled_from([LoRA, DoRA]))
     alpha = draw(st.one_of(st.none(), floats.filter(bool), st.integers(1, 10**6)))
     return kind(at, draw(st.integers(1, 10**6)), alpha, draw(st.booleans()), weights)
@@ -379,7 +384,7 @@ def plans(draw: st.DrawFn) -> Plan:
     bounds = [tuple(sorted(draw(st.tuples(st.integers(1, 99), st.integers(1, 99))))) for _ in used]
     return Plan(
         specs,
-        draw(st.lists(steps(), max_size=4)),
+        draw(st.lists(steps(rows=bool(specs[0].shape)), max_size=4)),
         draw(st.lists(st.sampled_from(["torch", "aoti", "onnx"]), unique=True)),
         draw(
             st.one_of(

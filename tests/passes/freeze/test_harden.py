@@ -103,6 +103,25 @@ def test_targets_are_held_to_the_hard_function_near_the_threshold_too() -> None:
         torch.testing.assert_close(artifact(x, target=target), by_hand(net, x), rtol=1e-4, atol=1e-5)
 
 
+def test_what_rounding_decides_is_counted_and_no_error() -> None:
+    """A threshold where float32 puts the activation of the example: any order of summation may decide either way."""
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 5)).eval()
+    x = torch.randn(1, 8)
+    net = trained(model=model)
+    with torch.no_grad():
+        h = model[:2](x)[0]
+        one = torch.arange(32) == h.argmax()
+        net.adapters.gate.get_submodule("1").threshold.copy_(torch.where(one, h, h * 0.9 - 0.1))
+    artifact = fz.compile(net, fz.Plan(INPUT, net.plan.steps, targets=["torch", "onnx"]), example_inputs=x)
+    rows = artifact.manifest["parity"]
+    assert {row["target"] for row in rows if row["undecided"] == 1} == {"torch", "onnx"}
+    with torch.no_grad():
+        net.adapters.gate.get_submodule("1").threshold.mul_(0.9)
+    artifact = fz.compile(net, fz.Plan(INPUT, net.plan.steps, targets=["torch", "onnx"]), example_inputs=x)
+    assert all(row["undecided"] == 0 for row in artifact.manifest["parity"])
+
+
 def test_which_neurons_fire_for_each_sample() -> None:
     net = trained()
     artifact = fz.compile(net, net.plan)
