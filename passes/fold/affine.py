@@ -27,7 +27,9 @@ class FoldAffine(NodeRewrite):
 
     Between the two may lie operators that keep channels apart (:mod:`fxfreeze.dataflow`), a ReLU only with γ > 0 and
     without β. Forwards, β never goes into a convolution that pads with zeros: it would not reach the padding.
-    Backwards, γ > 0 also passes a hard gate, which takes it into its thresholds: γ·gate(h, τ) = gate(γ·h, γ·τ).
+    Backwards, γ > 0 also passes a hard gate, which takes it into its thresholds: γ·gate(h, τ) = gate(γ·h, γ·τ). That is
+    for powers of 2, and thresholds of 0: other products are rounded, and where h is often τ itself, as quantized values
+    are, the gate would then decide otherwise.
     """
 
     name, stage, targets = "fold-affine", "fold", TARGETS
@@ -111,6 +113,8 @@ def _way_back(program: Program, affine: Affine) -> tuple[WeightOperator, list[Ha
         way = passage(cursor) if gate is None else _through(gate)
         if way is None:
             return operator
+        if gate is not None and not _keeps_ties(program, gate, affine.gain):
+            return fail("its gain would be rounded in the thresholds of a gate", cursor)
         if gate is not None:
             gates.append(gate)
         dim = None if dim is None else way.to_operand(dim)
@@ -120,6 +124,12 @@ def _way_back(program: Program, affine: Affine) -> tuple[WeightOperator, list[Ha
     if dim not in (None, _channel_dim(operator)):
         return fail(f"it does not vary along the channels of {_name(cursor)}", cursor)
     return operator, gates
+
+
+def _keeps_ties(program: Program, gate: HardGate, gain: Tensor) -> bool:
+    levels = program.constant64(gate.threshold)
+    assert levels is not None
+    return bool(((torch.frexp(gain).mantissa.abs() == 0.5) | (levels == 0)).all())
 
 
 def _through(gate: HardGate) -> Passage | None:

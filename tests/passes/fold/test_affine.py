@@ -427,14 +427,14 @@ def gate(dim: int = -1, **options: Any) -> nn.Module:
 
 
 def test_a_positive_gain_passes_a_hard_gate_into_its_thresholds() -> None:
-    gain = torch.rand(6) + 0.1
+    gain = 2.0 ** torch.arange(-3.0, 3.0)
     scale = lambda: Fn(lambda m, x: x * m.c, c=gain)  # noqa: E731
     channels = lambda: Fn(lambda m, x: x * m.c, c=gain[:, None, None])  # noqa: E731
     model = Branches(
         plain=seq(nn.Linear(4, 6), gate(), scale()),
         relu=seq(nn.Linear(4, 6), nn.ReLU(), gate(), scale()),
         magnitude=seq(nn.Linear(4, 6), gate(score="abs"), scale()),
-        number=seq(nn.Linear(4, 6), gate(), Fn(lambda m, x: x * 3)),
+        number=seq(nn.Linear(4, 6), gate(), Fn(lambda m, x: x * 4)),
         twice=seq(nn.Linear(4, 6), gate(), gate(score="abs"), scale()),
     )
     program, ctx = fold(model, "batch", 4)
@@ -447,17 +447,19 @@ def test_a_positive_gain_passes_a_hard_gate_into_its_thresholds() -> None:
 
 
 def test_what_does_not_pass_a_hard_gate() -> None:
-    gain = torch.rand(6) + 0.1
+    gain = 2.0 ** torch.arange(-3.0, 3.0)
     mixed = gain * torch.tensor([1, -1, 1, 1, 1, 1])
     model = Branches(
         negative=seq(nn.Linear(4, 6), gate(), Fn(lambda m, x: x * m.c, c=mixed)),
+        rounded=seq(nn.Linear(4, 6), gate(), Fn(lambda m, x: x * m.c, c=gain * 1.1)),
         shift=seq(nn.Linear(4, 6), gate(), Fn(lambda m, x: x + m.c, c=gain)),
         soft=seq(nn.Linear(4, 6), Fn(lambda m, x: GATE.op(x, m.c, None, m.h), c=gain, h=torch.tensor(0.5)),
                  Fn(lambda m, x: x * m.c, c=gain)),
         fan_out=Fn(lambda m, x, a, b: (y := a(x)) + b(y) * m.c, nn.Linear(4, 6), gate(), c=gain),
     )  # fmt: skip
     program, _ = fold(model, "batch", 4)
-    assert at(program, "negative")[-1] == at(program, "soft")[-1] == "mul" and at(program, "shift")[-1] == "add"
+    assert at(program, "negative")[-1] == at(program, "soft")[-1] == at(program, "rounded")[-1] == "mul"
+    assert at(program, "shift")[-1] == "add"
     assert "mul" in at(program, "fan_out")
     across = seq(nn.Conv2d(4, 6, 3), gate(dim=1), Fn(lambda m, x: x * m.c, c=gain))
     assert operators(fold(across, "batch", 4, 8, 8)[0]) == ["conv2d", "gate", "mul"]
@@ -465,19 +467,19 @@ def test_what_does_not_pass_a_hard_gate() -> None:
 
 def test_a_gate_that_reads_the_same_thresholds_keeps_them() -> None:
     def two(m: Fn, x: Tensor, first: nn.Module, second: nn.Module) -> tuple[Tensor, ...]:
-        return GATE.op(first(x), m.t) * 3, GATE.op(second(x), m.t).sin()
+        return GATE.op(first(x), m.t) * 4, GATE.op(second(x), m.t).sin()
 
     program, _ = fold(Fn(two, nn.Linear(4, 6), nn.Linear(4, 6), t=torch.rand(6)), "batch", 4)
     assert operators(program).count("mul") == 0
     gates = program.graph.find_nodes(op="call_function", target=GATE.op)
     first, second = (program.state[str(node.args[1].target)] for node in gates)
-    assert relative_error(first, second.double() * 3) < 1e-12
+    assert relative_error(first, second.double() * 4) < 1e-12
 
 
 def test_thresholds_stay_where_the_fold_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(module.COPY_LIMIT, "affine", 0)
     layer = nn.Linear(4, 6)
-    model = Fn(lambda m, x, layer, gate: (gate(layer(x)) * 3, layer(x.sin()).cos()), layer, gate())
+    model = Fn(lambda m, x, layer, gate: (gate(layer(x)) * 4, layer(x.sin()).cos()), layer, gate())
     plan = fz.Plan(inputs=[fz.Input("x", shape=("batch", 4))])
     program, _ = capture(model, plan)
     threshold = program.state["layers.1.t"]
@@ -509,10 +511,10 @@ def test_a_relu_above_a_threshold_is_a_relu_with_another_bias() -> None:
      ("shift", lambda gate: dataflow.Passage({-1: -1}, positive=True))],
 )  # fmt: skip
 def test_the_proof_rejects_wrong_ways_through_a_gate(monkeypatch: pytest.MonkeyPatch, name: str, broken: Any) -> None:
-    c = torch.tensor([1.0, -1.0, 2.0, 0.5, 3.0, 1.5])
+    c = torch.tensor([1.0, -1.0, 2.0, 0.5, 4.0, 8.0])
     if name == "Levels.edit":  # the thresholds are forgotten
         monkeypatch.setattr(module.Levels, "apply", lambda self, program: None)
-        c = c.abs() + 1
+        c = c.abs() * 4
     else:
         monkeypatch.setattr(module, "_through", broken)
     last = Fn(lambda m, x: x + m.c, c=c) if name == "shift" else Fn(lambda m, x: x * m.c, c=c)
