@@ -8,7 +8,7 @@ from torch import nn
 
 import fxfreeze as fz
 from fxfreeze import Input, Plan
-from fxfreeze.adapt import _check_capture
+from fxfreeze.adapt import check_capture
 from fxfreeze.capture import capture
 from fxfreeze.errors import CaptureError, EmitError
 from fxfreeze.margin import Slack, decides, slacks
@@ -269,7 +269,22 @@ def test_adapting_a_model_that_decided_otherwise():
     program, _ = captured(module)
     _, flat = captured(flipped(other, 4))
     x = torch.randn(5, WIDTH)
-    _check_capture(program, flat, [[x]])
+    check_capture(program, flat, [[x]])
     other.prototypes.data[3] += 1
     with pytest.raises(CaptureError, match="disagrees"):
-        _check_capture(program, captured(other)[1], [[x]])
+        check_capture(program, captured(other)[1], [[x]])
+
+
+def test_decisions_that_cancel_are_seen_one_by_one() -> None:
+    """Two gates at their thresholds with opposite weights: both move nothing, and one alone does."""
+
+    class Pair(nn.Module):
+        def forward(self, x):
+            y = x * (x > 0.3)
+            return y[:, :1] - y[:, 1:]
+
+    program, _ = capture(Pair(), fz.Plan([fz.Input("x", ("batch", 2))]))
+    (slack,) = slacks(program, [torch.full((4, 2), 0.3)])
+    assert slack is not None
+    seen = ((slack.low <= -0.3) & (slack.high >= 0.3)).double().mean()
+    assert seen >= 0.5
