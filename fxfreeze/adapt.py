@@ -72,7 +72,7 @@ def adapt(model: nn.Module, plan: Plan, *, example_inputs: Any = None, verify: V
     examples = flat_examples(plan, example_inputs)
     program, eager = capture(model, plan, examples)
     draws = proof_draws(program, verify, examples)
-    _check_capture(program, eager, draws)
+    check_capture(program, eager, draws)
     ctx = Context(plan)
     rows, prover = run_passes(program, stage_passes(PIPELINE, _STAGES), ctx, verify=verify, draws=draws)
     return AdaptedModule(Origins(program, plan, ctx.ledger, rows, prover.rows, examples))
@@ -264,7 +264,7 @@ def _home(root: nn.Module, name: str) -> tuple[nn.Module, str]:
 
 
 @torch.no_grad()
-def _check_capture(program: Program, eager: FlatModel, draws: Sequence[Sequence[Tensor]]) -> None:
+def check_capture(program: Program, eager: FlatModel, draws: Sequence[Sequence[Tensor]]) -> None:
     """Compare the captured program with the model it was captured from, which nothing sees again after this.
 
     Raises:

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .adapt import AdaptedModule, adapt
+from .adapt import AdaptedModule, adapt, check_capture
 from .artifact import Artifact
 from .calibration import Calibration
 from .capture import capture, flat_examples, frozen
@@ -143,6 +143,8 @@ def _rewrite_plain(model: nn.Module, plan: Plan, inputs: _Inputs, verify: Verify
     rows, prover = run_passes(
         program, stage_passes(PIPELINE, STAGES), ctx, verify=verify, draws=proof_draws(program, verify, inputs.examples)
     )
+    if ctx.source is not None:  # what is emitted is another function, so this is the last that compares with the model
+        check_capture(source, flat, prover.draws)
     source = ctx.source or source
     return Compilation(program, plan, ctx.ledger, rows, prover.rows, reference, source, inputs.examples)
 

@@ -95,6 +95,10 @@ def check_inputs(
         if value.device.type != spec.device.type or value.layout != torch.strided:
             found = value.device if value.layout == torch.strided else value.layout
             raise error(f"input {spec.name!r} is on {found}, expected a dense tensor on {spec.device}")
+        if spec.select and value.device.type == "cpu" and value.numel():  # on a GPU it would make the host wait
+            least, most = (int(item) for item in value.aminmax())
+            if least < (spec.low or 0) or most > (spec.high or 0):
+                raise error(f"input {spec.name!r} holds {least} to {most}, expected {spec.low} to {spec.high}")
         if len(shape) != len(spec.shape):
             raise error(f"input {spec.name!r} has shape {shape}, expected {format_shape(spec)}")
         for axis, (size, declared) in enumerate(zip(shape, spec.shape, strict=True)):

@@ -12,7 +12,7 @@ from .capture import flat_examples
 from .errors import PlanError
 from .plan import Plan
 from .program import Program
-from .sampling import dim_choices, sample_inputs
+from .sampling import check_range, dim_choices, sample_inputs
 
 _ROWS = 64
 
@@ -57,6 +57,8 @@ class Calibration:
             assert flat is not None
             flat = [value.to(spec.device) for value, spec in zip(flat, program.inputs, strict=True)]
             check_inputs(program.inputs, program.dims, flat, error=PlanError)
+            for spec, value in zip(program.inputs, flat, strict=True):
+                check_range(spec, value, f"calibration[{spec.name!r}]")
             empty = False
             yield flat
         if empty:

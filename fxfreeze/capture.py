@@ -108,8 +108,9 @@ def bind_names(model: nn.Module, names: Sequence[str]) -> tuple[list[str], list[
 def input_specs(plan: Plan, device: torch.device = _CPU) -> tuple[TensorSpec, ...]:
     """The plan's inputs, those that steps add behind the model's own, with torch dtypes, on `device`."""
     return tuple(
-        TensorSpec(item.name, getattr(torch, item.dtype), tuple(item.shape), item.low, item.high, device)
-        for item in (*plan.inputs, *plan.selects)
+        TensorSpec(item.name, getattr(torch, item.dtype), tuple(item.shape), item.low, item.high, device, added)
+        for items, added in ((plan.inputs, False), (plan.selects, True))
+        for item in items
     )
 
 

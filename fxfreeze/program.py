@@ -45,7 +45,7 @@ _CPU = torch.device("cpu")
 @dataclass(frozen=True)
 class TensorSpec:
     """A flat tensor input: its name (dotted when nested), dtype, shape (a string is a symbolic dim), the closed range
-    its values are drawn from, and the device it must lie on."""
+    its values are drawn from, the device it must lie on, and whether a step added it to select by, in that range."""
 
     name: str
     dtype: torch.dtype
@@ -53,6 +53,7 @@ class TensorSpec:
     low: float | None = None
     high: float | None = None
     device: torch.device = _CPU
+    select: bool = False
 
 
 ADAPTERS = "adapters."

@@ -58,6 +58,7 @@ def example_sizes(specs: Sequence[TensorSpec], examples: Sequence[torch.Tensor])
             raise PlanError(f"{example.dtype} where the plan declares {spec.dtype}", where=where)
         if example.ndim != len(spec.shape):
             raise PlanError(f"shape {tuple(example.shape)} where the plan declares {spec.shape}", where=where)
+        check_range(spec, example, where)
         for declared, size in zip(spec.shape, example.shape, strict=True):
             expected = sizes.setdefault(declared, size) if isinstance(declared, str) else declared
             if size != expected:
@@ -66,6 +67,23 @@ def example_sizes(specs: Sequence[TensorSpec], examples: Sequence[torch.Tensor])
                     where=where,
                 )
     return sizes
+
+
+def check_range(spec: TensorSpec, value: torch.Tensor, where: str) -> None:
+    """Hold values to the range that the plan declares, and that rewrites rely on.
+
+    Raises:
+        PlanError: says what was declared and what is there.
+    """
+    for bound, name, worst in ((spec.low, "low", torch.amin), (spec.high, "high", torch.amax)):
+        if bound is None or not value.numel() or value.dtype == torch.bool or value.is_complex():
+            continue
+        found = worst(value).item()
+        if found < bound if name == "low" else found > bound:
+            raise PlanError(
+                f"a value of {found:g} where the plan declares {name}={bound:g}", where=where,
+                hint="declare the range that callers use: neurons that cannot fire within it are removed",
+            )  # fmt: skip
 
 
 def dim_choices(program: Program, n: int = 3) -> list[dict[str, int]]:
@@ -99,10 +117,15 @@ def sample_inputs(
     An example is cropped, or repeated, along its symbolic dims, so that its values stay ones the model can meet.
     """
     specs = specs.inputs if isinstance(specs, Program) else specs
-    if examples is not None:
-        return [_resize(example, concrete_shape(spec, sizes)) for spec, example in zip(specs, examples, strict=True)]
     generator = torch.Generator().manual_seed(seed)
-    return [_draw(spec, concrete_shape(spec, sizes), generator).to(spec.device) for spec in specs]
+    drawn = [_draw(spec, concrete_shape(spec, sizes), generator).to(spec.device) for spec in specs]
+    if examples is None:
+        return drawn
+    # Whatever the examples select, all of it must work.
+    return [
+        value if spec.select else _resize(example, concrete_shape(spec, sizes))
+        for spec, value, example in zip(specs, drawn, examples, strict=True)
+    ]
 
 
 def _resize(example: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:

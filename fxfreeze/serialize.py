@@ -225,12 +225,14 @@ def _encode_spec(spec: TensorSpec) -> dict[str, Any]:
         "low": spec.low,
         "high": spec.high,
         "device": str(spec.device),
+        **({"select": True} if spec.select else {}),
     }
 
 
 def _decode_spec(data: Mapping[str, Any]) -> TensorSpec:
     dtype, device = _DTYPES[data["dtype"]], torch.device(data["device"])
-    return TensorSpec(data["name"], dtype, tuple(data["shape"]), data["low"], data["high"], device)
+    select = bool(data.get("select", False))
+    return TensorSpec(data["name"], dtype, tuple(data["shape"]), data["low"], data["high"], device, select)
 
 
 # ----------------------------------------------------------------------------------------------- graph

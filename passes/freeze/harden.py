@@ -58,6 +58,13 @@ def _harden(gate: Node) -> None:
     gate.kwargs = {"score": given["score"], "dim": given["dim"]}
 
 
+def _same(hard: Tensor, soft: Tensor) -> Tensor:
+    """Which predictions stay, of what looks like scores of classes, or is a prediction itself; else nothing."""
+    if not soft.is_floating_point():
+        return hard == soft
+    return hard.argmax(-1) == soft.argmax(-1) if soft.ndim > 1 and soft.shape[-1] > 1 else soft.new_empty(0)
+
+
 @dataclass
 class _Tally:
     """Sums over the calibration data."""
@@ -98,10 +105,7 @@ class _Measurement:
                 rows += len(inputs[0]) if inputs[0].ndim else 1
                 before, after = self._watched(inputs), self.hard.run(*inputs)
                 for tally, hard, soft in zip(outputs, after, before, strict=True):
-                    if soft.is_floating_point():
-                        scores = soft.ndim > 1 and soft.shape[-1] > 1
-                        same = hard.argmax(-1) == soft.argmax(-1) if scores else soft.new_empty(0)
-                        tally.add(hard, soft, same)
+                    tally.add(hard, soft, _same(hard, soft))
         basis = f"on {rows} rows of {ctx.calibration.source}"
         for gate, tally in zip(self.gates, self.sites, strict=True):
             self._site(ctx, gate, tally, basis)

@@ -12,8 +12,10 @@ from torch import Tensor, nn
 
 import fxfreeze as fz
 from fxfreeze.api import Compilation, rewrite
+from fxfreeze.capture import flat_examples
 from fxfreeze.errors import FxfreezeError
 from fxfreeze.nn import Gate
+from fxfreeze.pipeline import proof_draws
 
 INPUT = [fz.Input("x", shape=("batch", 8))]
 
@@ -103,16 +105,17 @@ def test_targets_are_held_to_the_hard_function_near_the_threshold_too() -> None:
         torch.testing.assert_close(artifact(x, target=target), by_hand(net, x), rtol=1e-4, atol=1e-5)
 
 
-def test_what_rounding_decides_is_counted_and_no_error() -> None:
-    """A threshold where float32 puts the activation of the example: any order of summation may decide either way."""
+@pytest.mark.parametrize("number", [1, 2, 4])
+def test_what_rounding_decides_is_counted_and_no_error(number: int) -> None:
+    """Thresholds where float32 puts activations of the example: any order of summation may decide either way."""
     torch.manual_seed(1)
     model = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 5)).eval()
     x = torch.randn(1, 8)
     net = trained(model=model)
     with torch.no_grad():
         h = model[:2](x)[0]
-        one = torch.arange(32) == h.argmax()
-        net.adapters.gate.get_submodule("1").threshold.copy_(torch.where(one, h, h * 0.9 - 0.1))
+        near = h >= h.topk(number).values[-1]
+        net.adapters.gate.get_submodule("1").threshold.copy_(torch.where(near, h, h * 0.9 - 0.1))
     artifact = fz.compile(net, fz.Plan(INPUT, net.plan.steps, targets=["torch", "onnx"]), example_inputs=x)
     rows = artifact.manifest["parity"]
     assert {row["target"] for row in rows if row["undecided"] == 1} == {"torch", "onnx"}
@@ -164,3 +167,59 @@ def test_a_saved_package_selects_modes_and_says_who_fired(tmp_path: Path) -> Non
         assert torch.equal(artifact.firing(x, mode)["1"][mode == one], (h > threshold)[mode == one])
     with pytest.raises(fz.ArtifactError, match="input 'mode' is missing"):
         artifact(x)
+
+
+def test_predictions_are_counted_as_such() -> None:
+    class Classes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.act, self.last = nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(self.act(self.first(x))).argmax(-1)
+
+    torch.manual_seed(0)
+    net = fz.adapt(Classes().eval(), fz.Plan(INPUT, [fz.Gate(at="act", temperature=2.0)]))
+    with torch.no_grad():
+        net.adapters.gate.act.threshold.fill_(0.3)
+    x = torch.randn(400, 8)
+    done = rewrite(net, net.plan, calibration=[x])
+    stay = float((net(x) == done.program.run(x)[0]).double().mean())
+    assert 0.5 < stay < 1 and f"{stay:.2%} of predictions stay" in details(done)[""]
+
+
+def test_a_model_with_a_gate_is_compared_with_its_capture() -> None:
+    class Sly(nn.Module):
+        def __init__(self, gate: nn.Module) -> None:
+            super().__init__()
+            self.fc, self.gate = nn.Linear(8, 6), gate
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.gate(self.fc(x)) + (0.0 if torch.compiler.is_exporting() else 5.0)
+
+    for gate in (nn.Identity(), Gate(6)):
+        with pytest.raises(FxfreezeError, match=r"disagrees with the model|does not agree with the model"):
+            fz.compile(Sly(gate).eval(), fz.Plan(INPUT))
+
+
+def test_values_outside_of_the_declared_range_are_refused() -> None:
+    net = fz.adapt(nn.Sequential(nn.Linear(8, 4), nn.ReLU()).eval(),
+                   fz.Plan([fz.Input("x", ("batch", 8), low=0.0, high=1.0)], [fz.Gate(at="1")]))  # fmt: skip
+    rewrite(net, net.plan, calibration=[torch.rand(5, 8)])
+    for options in ({"calibration": [torch.full((5, 8), 2.0)]}, {"example_inputs": torch.full((5, 8), -1.0)}):
+        with pytest.raises(fz.PlanError, match=r"where the plan declares (high=1|low=0)"):
+            rewrite(net, net.plan, **options)
+
+
+def test_one_example_row_does_not_leave_modes_unseen() -> None:
+    net = trained(modes=4)
+    draws = proof_draws(net.program(), "full", flat_examples(net.plan, torch.randn(1, 8)))
+    assert len({int(value) for draw in draws for value in draw[1]}) > 1
+
+
+def test_a_mode_there_is_not() -> None:
+    net = trained(modes=3)
+    artifact = fz.compile(net, fz.Plan(INPUT, net.plan.steps, targets=["onnx"]))
+    for mode in ([0, 3], [-1, 0]):
+        with pytest.raises(fz.ArtifactError, match=r"input 'mode' holds .*, expected 0 to 2"):
+            artifact(torch.randn(2, 8), torch.tensor(mode))
