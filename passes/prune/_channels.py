@@ -37,6 +37,7 @@ POINTWISE = SILENT | {aten.sigmoid.default, aten.exp.default, aten.softplus.defa
                       aten.hardtanh.default, aten.clamp.default, aten.clamp_min.default}  # fmt: skip
 PRODUCTS = frozenset({aten.mul.Tensor, aten.mul.Scalar})
 QUOTIENTS = frozenset({aten.div.Tensor, aten.div.Scalar})
+SQUEEZES = frozenset({aten.squeeze.dim, aten.squeeze.dims})
 SUMS = frozenset({aten.add.Tensor, aten.add.Scalar, aten.sub.Tensor, aten.sub.Scalar})
 
 
@@ -56,6 +57,7 @@ class Channels:
 
     Attributes:
         values: results of operators, in no order.
+        silent: those among them that are 0 where the gate's result is.
         gates: those among them that are gates.
         cuts: constants, readers and factors among them.
         readers: weights with a column per neuron.
@@ -64,6 +66,7 @@ class Channels:
     """
 
     values: set[Node] = field(default_factory=set)
+    silent: set[Node] = field(default_factory=set)
     gates: list[Node] = field(default_factory=list)
     cuts: dict[Cut, None] = field(default_factory=dict)
     readers: list[Cut] = field(default_factory=list)
@@ -71,13 +74,15 @@ class Channels:
     sizes: list[tuple[Node, int, int]] = field(default_factory=list)
 
     def unread(self, program: Program, count: int) -> Tensor:
-        """Of `count` neurons, those that every reader multiplies by 0, on the way or by its column: bool [count]."""
-        silenced = torch.zeros(count, dtype=torch.bool)
-        for cut in self.factors:
-            silenced |= _is_zero(program, cut, count)
-        if self.readers:
-            silenced |= torch.stack([_is_zero(program, cut, count) for cut in self.readers]).all(0)
-        return silenced
+        """Of `count` neurons, those that meet a 0 on every way from the gate to a reader: bool [count]."""
+        zero = {cut.user: _is_zero(program, cut, count) for cut in (*self.factors, *self.readers)}
+        never = torch.zeros(count, dtype=torch.bool)
+        unread: dict[Node, Tensor] = {}
+        for value in reversed(program.graph.nodes):
+            if value in self.silent:
+                ways = [zero.get(user, never) | unread.get(user, never) for user in value.users]
+                unread[value] = torch.stack(ways).all(0) if ways else never
+        return unread[self.gates[0]]
 
     def keep(self, program: Program, kept: Sequence[int]) -> None:
         """Remove all neurons but `kept`; ``meta["kept"]`` of the gates says which of the original ones they are."""
@@ -118,7 +123,7 @@ class _Walk:
         for way in (self._forwards, lambda: self._backwards(self.gate.value, self.gate.dim), self._join, self._closed):
             if (miss := way()) is not None:
                 return miss
-        self.found.values = {*self.silent, *self.fed}
+        self.found.values, self.found.silent = {*self.silent, *self.fed}, {*self.silent}
         return self.found
 
     # ---- forwards
@@ -207,7 +212,8 @@ class _Walk:
             onward, span = -1, span * _merged(user, dim)
             if span == 0:
                 return fail(f"{_name(user)} mixes the neurons", user)
-        return self._resized(user, onward, span) or (onward, span)
+        miss = self._resized(user, onward, span)
+        return (onward, span) if miss is None else miss
 
     # ---- backwards
 
@@ -251,7 +257,8 @@ class _Walk:
         before = None if way is None else way.to_operand(dim)
         if before is None:
             return fail(f"it is made by {_name(node)}, which mixes the neurons or is not known", node)
-        return self._resized(node, dim, 1) or [(source, before)]  # type: ignore[list-item]
+        miss = self._resized(node, dim, 1)
+        return [(source, before)] if miss is None else miss  # type: ignore[list-item]
 
     def _row(self, node: Node, dim: int) -> list[tuple[Node, int]] | NoMatch:
         operator = self._operator(node)
@@ -326,6 +333,8 @@ class _Walk:
 
     def _resized(self, node: Node, dim: int, span: int) -> NoMatch | None:
         """A reshape names its sizes; the one that holds the neurons must be a number, or left to be found."""
+        if node.target in SQUEEZES and _squeezes(node, dim):
+            return fail(f"{_name(node)} would take the last neuron's dim away", node)
         if node.target is aten.unflatten.int:
             return fail(f"{_name(node)} splits the neurons", node)
         if node.target is not aten.reshape.default:
@@ -342,6 +351,15 @@ def _plain_passage(node: Node) -> Passage | None:
     return passage(node) if len(tensors) == 1 else None
 
 
+def _squeezes(node: Node, dim: int) -> bool:
+    """Whether a squeeze names the dim that its result has as `dim`: it does nothing to it until its size is 1."""
+    way, named = passage(node), node.args[1]
+    before = None if way is None else way.to_operand(dim)
+    ndim = node.args[0].meta["val"].ndim  # type: ignore[union-attr]
+    dims = named if isinstance(named, list | tuple) else [named]
+    return before is not None and before in [int(item) % ndim - ndim for item in dims]  # type: ignore[arg-type]
+
+
 def _merged(node: Node, dim: int) -> int:
     """Entries per neuron where a flatten puts the neurons' dim and all dims after it into one; else 0."""
     before, after = node.args[0].meta["val"].shape, node.meta["val"].shape  # type: ignore[union-attr]
@@ -355,7 +373,7 @@ def _merged(node: Node, dim: int) -> int:
 
 
 def _varies(node: Node, dim: int) -> bool:
-    shape = node.meta["val"].shape
+    shape = getattr(node.meta["val"], "shape", ())  # a number of rows has none
     return len(shape) >= -dim and str(shape[dim]) != "1"
 
 

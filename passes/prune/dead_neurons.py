@@ -96,7 +96,8 @@ def never_fires(program: Program, gate: HardGate, bound: Interval) -> Tensor:
     assert levels is not None
     lowest = levels.reshape(-1, highest.numel()).amin(0).cpu()
     # The threshold is rounded when it is stored, and when it is brought to the dtype of the score.
-    return highest <= lowest - 4 * torch.finfo(gate.value.meta["val"].dtype).eps * lowest.abs()
+    room = 4 * torch.finfo(gate.value.meta["val"].dtype).eps * lowest.abs()
+    return highest <= lowest - torch.where(lowest.isfinite(), room, 0.0)  # nothing is above a threshold of infinity
 
 
 def _report(program: Program, ctx: Context, gate: HardGate, dead: _Dead, outcome: Outcome, end: str, left: int) -> None:

@@ -206,6 +206,39 @@ def test_a_gain_of_0_or_columns_of_0_are_dead_too() -> None:
     assert not rows(prune(model, "batch", 4)[1])
 
 
+def test_a_factor_of_0_silences_only_its_own_way() -> None:
+    gain, column = torch.tensor([1.0, 1, 0, 0, 1, 1]), torch.tensor([1.0, 0, 1, 0, 1, 1])
+    ways = lambda m, x, a, b, c: b(F.gelu((y := gate(m, a(x))) * m.g)) + c(y)  # noqa: E731
+    model = Fn(ways, layer(dead=[]), nn.Linear(6, 3), nn.Linear(6, 3), g=gain)
+    assert not rows(prune(model, "batch", 4)[1])
+    with torch.no_grad():
+        model.layers[2].weight *= column
+    program, _ = prune(model, "batch", 4)  # of neuron 1 the first way reads something, of 2 the second
+    assert gates(program)[0].meta["kept"] == (0, 1, 2, 4, 5)
+    summed = lambda m, x, a, b: b((y := gate(m, a(x))) * m.g + y)  # noqa: E731
+    assert not rows(prune(Fn(summed, layer(dead=[]), nn.Linear(6, 3), g=gain), "batch", 4)[1])
+
+
+def test_a_threshold_of_infinity_is_never_exceeded() -> None:
+    levels = torch.tensor([0.1, 0.1, torch.inf, 0.1, 0.1, -torch.inf])
+    model = Fn(lambda m, x, a, b: b(gate(m, a(x))), layer(dead=[]), nn.Linear(6, 3), t=levels)
+    for ends in ({"low": 0.0, "high": 1.0}, {"low": None, "high": None}):
+        assert gates(prune(model, "batch", 4, **ends)[0])[0].meta["kept"] == (0, 1, 3, 4, 5)
+
+
+NUMBERS: dict[str, Callable[..., Any]] = {
+    "behind": lambda m, x, a, b: b(gate(m, a(x)) * x.shape[0]),
+    "before": lambda m, x, a, b: b(gate(m, a(x) * x.shape[0])),
+}
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_a_number_of_rows_has_no_neurons(name: str) -> None:
+    levels = torch.tensor([0.1, torch.inf, 0.1, 0.1, 0.1, 0.1])
+    program, _ = prune(Fn(NUMBERS[name], layer(dead=[]), nn.Linear(6, 3), t=levels), "batch", 4)
+    assert gates(program)[0].meta["kept"] == (0, 2, 3, 4, 5)
+
+
 def test_of_a_gate_whose_neurons_are_all_dead_one_stays() -> None:
     model = Fn(lambda m, x, a, b: b(gate(m, a(x))), layer(dead=list(range(6))), nn.Linear(6, 3))
     program, ctx = prune(model, "batch", 4)
@@ -296,6 +329,8 @@ STAYS: dict[str, tuple[Callable[..., Any], str]] = {
     "quotient": (lambda m, x, a, b: b(1 / (1 + gate(m, a(x)))), "other than 0"),
     "branch": (lambda m, x, a, b: b(gate(m, a(x)) * (u := F.linear(x, m.u))) + u[:, :3], "read elsewhere too"),
     "split": (lambda m, x, a, b: b(gate(m, a(x)).unflatten(-1, (2, 3)).flatten(1)), "mixes"),
+    "squeeze": (lambda m, x, a, b: b(gate(m, a(x)).squeeze(1)), "squeeze"),
+    "squeezes": (lambda m, x, a, b: b(gate(m, a(x)[:, None].squeeze((1, 2)))), "squeeze"),
     "mixed": (lambda m, x, a, b: b(gate(m, a(x)).reshape(-1, 3, 2).transpose(1, 2).reshape(-1, 6)), "mixes"),
 }
 
