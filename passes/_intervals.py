@@ -87,17 +87,33 @@ def intervals(program: Program, *, rounding: bool = False) -> dict[Node, Interva
 
 
 def _with_rounding(node: Node, made: Interval) -> Interval:
-    """Wider by a few roundings of a value, or of the terms where many are added."""
+    """Wider by a few roundings of a value, or of the terms where many are added, and infinite beyond its dtype."""
     dtype = node.meta["val"].dtype
-    if made.exact or node.target in MOVES or not dtype.is_floating_point:
+    if not dtype.is_floating_point:
         return made
-    size, eps = made.magnitude, torch.finfo(dtype).eps
-    if made.terms is not None:
-        return _made(made.low, made.high, 32 * eps * made.terms)
-    if node.target in SUMMING:
+    largest, eps = torch.finfo(dtype).max, torch.finfo(dtype).eps
+    made = _overflowed(made, largest)
+    size = made.magnitude
+    if made.exact or node.target in MOVES:
+        wider = made
+    elif made.terms is not None:
+        wider = _made(made.low, made.high, 32 * eps * made.terms)
+    elif node.target in SUMMING:
         finite = size[size.isfinite()]
-        return _made(made.low, made.high, 32 * eps * float(finite.max()) if finite.numel() else 0.0)
-    return _made(made.low, made.high, torch.where(size.isfinite(), 4 * eps * size, 0.0))
+        wider = _made(made.low, made.high, 32 * eps * float(finite.max()) if finite.numel() else 0.0)
+    else:
+        size = torch.where(size.isfinite(), size, torch.minimum(made.low.abs(), made.high.abs()))
+        wider = _made(made.low, made.high, torch.where(size.isfinite(), 4 * eps * size, 0.0))
+    return _overflowed(wider, largest)
+
+
+def _overflowed(value: Interval, largest: float) -> Interval:
+    """What is beyond the largest number of a dtype is stored as an infinity."""
+    above, below = value.high > largest, value.low < -largest
+    if not bool(above.any() or below.any()):
+        return value
+    low, high = torch.where(below, -math.inf, value.low), torch.where(above, math.inf, value.high)
+    return replace(value, low=low, high=high)
 
 
 def _declared(spec: TensorSpec, shape: list[int] | None) -> Interval | None:
@@ -142,8 +158,18 @@ def _fitting(node: Node, made: Any, rows: set[str]) -> Interval | None:
     if shape is None or 0 in shape:
         return None
     if isinstance(made, Interval) and list(made.low.shape) == shape == list(made.high.shape):
-        return made
+        dtype = node.meta["val"].dtype
+        whole = not (dtype.is_floating_point or dtype.is_complex or dtype == torch.bool)
+        return _wrapped(made, dtype) if whole and not made.exact else made
     return _filled(shape, *((0.0, 1.0) if node.meta["val"].dtype == torch.bool else (-math.inf, math.inf)))
+
+
+def _wrapped(made: Interval, dtype: torch.dtype) -> Interval:
+    """Of an integer: where it may leave its dtype's range it comes back in at the other end, and may be anything."""
+    range_ = torch.iinfo(dtype)
+    low, high = made.low.ceil(), made.high.floor()
+    leaves = (low <= range_.min - 1.0) | (high >= range_.max + 1.0)
+    return Interval(torch.where(leaves, float(range_.min), low), torch.where(leaves, float(range_.max), high))
 
 
 def _apply(node: Node, found: dict[Node, Any]) -> Any:
@@ -303,8 +329,10 @@ def _linear(node: Node, given: dict[str, Any]) -> Interval | None:
         return None
     if bias is None:
         return made
-    total = plus(made, _along(bias, made) if form.kind in ("conv", "transposed") else bias)
-    return replace(total, terms=made.terms)
+    if form.kind in ("conv", "transposed"):
+        bias = _along(bias, weight)  # not by the result's dims: without a batch it has one less
+    added = torch.where(bias.magnitude.isfinite(), bias.magnitude, 0.0)
+    return replace(plus(made, bias), terms=None if made.terms is None else made.terms + added)
 
 
 def _embedding(node: Node, given: dict[str, Any]) -> Interval | None:
@@ -373,6 +401,18 @@ def _prelu(node: Node, given: dict[str, Any]) -> Interval:
     return plus(above, times(weight, below))
 
 
+def _softplus(node: Node, given: dict[str, Any]) -> Interval | None:
+    """log(1 + exp(βx)) / β as far as βx ≤ its threshold, and x from there on: there it falls to x."""
+    beta, threshold = float(given["beta"]), float(given["threshold"])
+    if beta <= 0:
+        return None
+    made, value, room = _rising(node, given), given["self"], 1e-2 * (1 + abs(threshold))  # rounding may decide
+    across = (value.low * beta <= threshold + room) & (value.high * beta >= threshold - room)
+    top = math.log1p(math.exp(-abs(threshold))) + max(threshold, 0.0)
+    low = torch.where(across, made.low.clamp(max=threshold / beta), made.low)
+    return _made(low, torch.where(across, made.high.clamp(min=top / beta), made.high))
+
+
 def _clamp(node: Node, given: dict[str, Any]) -> Interval | None:
     numbers = [given.get(name) for name in ("min", "max")]
     return _rising(node, given) if all(type(item) in (int, float, type(None)) for item in numbers) else None
@@ -414,7 +454,7 @@ def _batch_norm(node: Node, given: dict[str, Any]) -> Interval | None:
 
 
 def _along(vector: Interval, value: Interval) -> Interval:
-    """A number per channel, shaped to meet channels along dim 1."""
+    """A number per channel, shaped to meet channels that have as many dims behind them as dim 1 of `value` has."""
     shape = [-1, *[1] * (value.low.ndim - 2)]
     return Interval(vector.low.reshape(shape), vector.high.reshape(shape))
 
@@ -438,7 +478,8 @@ def _rms_norm(node: Node, given: dict[str, Any]) -> Interval:
 
 
 def _pool(node: Node, given: dict[str, Any]) -> Interval | None:
-    return _rising(node, given) if _static(node.args[0], 0) else None
+    falls = (given.get("divisor_override") or 1) < 0
+    return _rising(node, given) if _static(node.args[0], 0) and not falls else None
 
 
 def _total(node: Node, given: dict[str, Any]) -> Interval | None:
@@ -598,12 +639,13 @@ RULES: dict[Any, Rule] = {
     aten.pow.Tensor_Scalar: _power,
     **dict.fromkeys(
         (aten.relu.default, aten.relu6.default, aten.hardtanh.default, aten.sigmoid.default, aten.hardsigmoid.default,
-         aten.tanh.default, aten.exp.default, aten.softplus.default, aten.maximum.default, aten.minimum.default,
+         aten.tanh.default, aten.exp.default, aten.maximum.default, aten.minimum.default,
          aten.mean.dim, aten.mean.default, aten.amax.default, aten.amin.default, aten.max.default, aten.min.default),
         _rising,
     ),
     aten.leaky_relu.default: _leaky,
     aten.prelu.default: _prelu,
+    aten.softplus.default: _softplus,
     **dict.fromkeys((aten.clamp.default, aten.clamp_min.default, aten.clamp_max.default), _clamp),
     aten.sqrt.default: _positive,
     **dict.fromkeys(MINIMA, _valley),

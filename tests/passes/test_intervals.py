@@ -259,6 +259,62 @@ def test_elementwise_bounds_are_tight(function: Callable[[Tensor], Tensor], low:
     assert bound.high.unique().tolist() == pytest.approx([high], abs=1e-5)
 
 
+WRAPS: dict[str, tuple[Callable[[Fn, Tensor], Tensor], str, float, float]] = {
+    "sum": (lambda m, x: (x + 100).float(), "int8", -100, 127),
+    "difference": (lambda m, x: (x - 128).float(), "uint8", 0, 255),
+    "negative": (lambda m, x: (-x).float(), "uint8", 0, 5),
+    "lowest": (lambda m, x: (-x).float() + x.abs(), "int8", -128, -120),
+    "product": (lambda m, x: (x * 3 + x * x).float(), "int8", -20, 20),
+    "long": (lambda m, x: (x * 3).double(), "int64", 0, 2**62),
+}
+
+
+@pytest.mark.parametrize("name", WRAPS)
+def test_integers_that_wrap_around_may_be_anything(name: str) -> None:
+    function, dtype, low, high = WRAPS[name]
+    program = program_of(Fn(function), image("batch", 40, low=low, high=high, dtype=dtype))
+    assert all(bounded(program, assert_sound(program)))
+
+
+def test_integers_that_stay_within_their_dtype_keep_their_bounds() -> None:
+    program = program_of(Fn(lambda m, x: (x - 128).float()), image("batch", 4, low=128, high=255, dtype="uint8"))
+    bound = assert_sound(program)[program.output_nodes[0]]
+    assert float(bound.low.min()) == 0 and float(bound.high.max()) == 127
+
+
+UNBATCHED: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "conv1d": (lambda: nn.Conv1d(2, 4, 1), (2, 4)),
+    "conv2d": (lambda: nn.Conv2d(2, 4, 1), (2, 4, 4)),
+    "up": (lambda: nn.ConvTranspose1d(2, 4, 1), (2, 4)),
+}
+
+
+@pytest.mark.parametrize("name", UNBATCHED)
+def test_a_bias_lies_along_the_channels_without_a_batch_too(name: str) -> None:
+    torch.manual_seed(0)
+    make, shape = UNBATCHED[name]
+    model = make()
+    with torch.no_grad():
+        model.bias.copy_(T([0.0, 10.0, 20.0, 30.0]))
+    program = program_of(model, image(*shape))
+    assert all(bounded(program, assert_sound(program)))
+
+
+@pytest.mark.parametrize(("beta", "threshold", "high"), [(1.0, 1.0, 1.05), (1.0, 1.0, 0.99), (2.0, -1.0, 1.0)])
+def test_a_softplus_falls_at_its_threshold(beta: float, threshold: float, high: float) -> None:
+    at = threshold / beta
+    program = program_of(
+        Fn(lambda m, x: F.softplus(x, beta, threshold)), image("batch", 500, low=at - 0.05, high=max(high, at))
+    )
+    assert all(bounded(program, assert_sound(program)))
+
+
+def test_operators_turned_upside_down_are_not_bounded() -> None:
+    for function in (lambda m, x: F.softplus(x, -1.0), lambda m, x: F.avg_pool2d(x, 2, divisor_override=-3)):
+        program = program_of(Fn(function), image("batch", 3, 4, 4))
+        assert bounded(program, assert_sound(program)) == [False]
+
+
 def test_half_an_infinite_range_keeps_its_finite_end() -> None:
     program = program_of(
         Fn(lambda m, x, layer: layer(F.relu(x)), nn.Linear(3, 2)), image("batch", 3, low=None, high=None)
@@ -288,6 +344,25 @@ def test_bounds_with_rounding_hold_in_float32() -> None:
     assert float((wide.high - wide.low).max()) < 1e-2
     silent = program_of(Fn(lambda m, x: F.relu(x - 5)), image("batch", 4))
     assert bool((intervals(silent, rounding=True)[silent.output_nodes[0]].high == 0).all())
+
+
+def test_bounds_with_rounding_have_room_for_that_of_a_bias() -> None:
+    layer = nn.Linear(1, 1)
+    with torch.no_grad():
+        layer.weight.fill_(1e-3)
+        layer.bias.fill_(1000.0)
+    program = program_of(layer, image("batch", 1, low=0.0, high=0.55))
+    bound = intervals(program, rounding=True)[program.output_nodes[0]]
+    found = program.run(torch.linspace(0, 0.55, 100)[:, None])[0].double()
+    assert bool(((bound.low <= found) & (found <= bound.high)).all())
+
+
+def test_bounds_with_rounding_are_infinite_where_a_dtype_ends() -> None:
+    program = program_of(Fn(lambda m, x: (x * 100).exp() * -1), image("batch", 4, low=0.0, high=1.0, dtype="float16"))
+    bound = intervals(program, rounding=True)[program.output_nodes[0]]
+    assert bool(program.run(torch.ones(1, 4, dtype=torch.float16))[0].isneginf().all())
+    assert bool(bound.low.isneginf().all()) and float(bound.high.max()) == pytest.approx(-1, abs=0.5)
+    assert bool(intervals(program)[program.output_nodes[0]].low.isfinite().all())
 
 
 # ---- rows
