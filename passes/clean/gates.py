@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -31,6 +31,7 @@ CASTS = frozenset({aten.to.dtype, aten.to.dtype_layout, aten.to.other, aten._to_
 ZEROS = frozenset({aten.zeros_like.default, aten.new_zeros.default, aten.zeros.default})
 FULLS = {aten.full.default: 1, aten.full_like.default: 1, aten.new_full.default: 2, aten.scalar_tensor.default: 0}
 """Operators that fill a tensor with a number, and which of their arguments it is."""
+HALVES = frozenset({torch.float16, torch.bfloat16})
 MOVES = frozenset({aten.reshape.default, aten.expand.default, aten.unsqueeze.default, aten.lift_fresh_copy.default,
                    aten.detach.default, aten.clone.default, aten.alias.default})  # fmt: skip
 
@@ -39,13 +40,15 @@ MOVES = frozenset({aten.reshape.default, aten.expand.default, aten.unsqueeze.def
 class _Mask:
     """A comparison with a constant, true where the relation "gt", "ge", "lt" or "le" holds: ``score > level``.
 
-    With `magnitude` it is the score's magnitude that is compared, without an operator that computes it.
+    With `magnitude` it is the score's magnitude that is compared, without an operator that computes it. `dtype` is what
+    both are brought to before.
     """
 
     score: Node
     relation: str
     level: Any
     magnitude: bool = False
+    dtype: torch.dtype | None = None
 
 
 class RecogniseGates(NodeRewrite):
@@ -60,8 +63,10 @@ class RecogniseGates(NodeRewrite):
     relu(z) · 1[z > θ] (JumpReLU)               gate(relu(z), max(θ, 0))
     ==========================================  ===================================
 
-    τ is a number, or constant and varies along one dim. ``h ≥ τ`` is another function, and stays. They are the same for
-    finite h; where h is infinite and the gate is shut, the product with 0 is NaN, and the gate's result 0.
+    τ is a number, or constant and varies along one dim. ``h ≥ τ`` is another function, and stays; so does a comparison
+    that rounds τ to half precision, as h > 0.3 does to 0.30078125 where h is bfloat16. What
+    becomes a gate is the same for finite h; where h is infinite and it is shut, the product with 0 is NaN, the gate's
+    result 0.
 
     Source: JumpReLU: arXiv 1907.09381, equation 1; hardshrink: Donoho and Johnstone, "Ideal spatial adaptation by
     wavelet shrinkage" (1994).
@@ -82,6 +87,8 @@ class RecogniseGates(NodeRewrite):
             return fail("fires at its threshold too, a gate above it only" if mask.relation == "ge" else below, node)
         level = _constant(program, mask.level)
         assert level is not None
+        if mask.dtype in HALVES and not torch.equal(level.to(mask.dtype).double(), level):
+            return fail(f"its threshold is rounded to {mask.dtype} when it is compared, of a gate it is not", node)
         score = "abs" if mask.magnitude else "h"
         if mask.score is not value:
             if _operand(mask.score, aten.abs.default) is value:
@@ -108,7 +115,7 @@ def _gated(program: Program, node: Node) -> Gated | NoMatch | None:
     if node.target is aten.mul.Tensor:
         return _product(program, node)
     if node.target is aten.hardshrink.default:
-        return given["self"], _Mask(given["self"], "gt", given["lambd"], magnitude=True), None
+        return given["self"], _Mask(given["self"], "gt", given["lambd"], True, _dtype(given["self"], 0.0)), None
     if node.target is aten.threshold.default:
         if given["value"] != 0:
             return fail(f"below its threshold it is {given['value']}, a gate 0", node)
@@ -146,7 +153,7 @@ def _chosen(program: Program, node: Node, condition: Any, *, kept: Any, other: A
         return None
     if not _is_zero(program, other):
         return fail("what stands in for a silent value is not 0", node)
-    return kept, _Mask(mask.score, NEGATED[mask.relation] if negated else mask.relation, mask.level), None
+    return kept, replace(mask, relation=NEGATED[mask.relation] if negated else mask.relation), None
 
 
 def _mask(program: Program, value: Any) -> _Mask | None:
@@ -165,7 +172,12 @@ def _mask(program: Program, value: Any) -> _Mask | None:
         left, right, relation = right, left, SWAPPED[relation]
     if not isinstance(left, Node) or _constant(program, right) is None or _constant(program, left) is not None:
         return None
-    return _Mask(left, NEGATED[relation] if negated else relation, right)
+    return _Mask(left, NEGATED[relation] if negated else relation, right, dtype=_dtype(left, right))
+
+
+def _dtype(score: Node, level: Any) -> torch.dtype:
+    """What a comparison of the two is made in."""
+    return torch.result_type(score.meta["val"], level.meta["val"] if isinstance(level, Node) else level)
 
 
 def _placed(program: Program, node: Node, value: Node, level: Tensor) -> tuple[Tensor, int] | NoMatch:
@@ -194,9 +206,11 @@ def _neurons(value: Node) -> int | None:
         cursor = cursor.args[0]  # type: ignore[assignment]
     shape = value.meta["val"].shape
     last = next((dim for dim in range(-1, -len(shape) - 1, -1) if isinstance(shape[dim], int)), None)
-    if not isinstance(cursor, Node) or "conv" not in str(cursor.target):
+    form = FORMS.get(cursor.target) if isinstance(cursor, Node) else None
+    if form is None or form.kind not in ("conv", "transposed"):
         return last
-    dim: int | None = 1 - cursor.meta["val"].ndim
+    # Before the dims of the window, of which a weight has two less than dims: without a batch no dim 1 of the result.
+    dim: int | None = 1 - arguments(cursor)[form.weight].meta["val"].ndim
     for item in reversed(way):
         step = passage(item)
         alike = str(item.meta["val"].shape) == str(item.args[0].meta["val"].shape)  # type: ignore[union-attr]

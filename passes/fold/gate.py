@@ -17,7 +17,7 @@ from .._operators import arguments
 aten = torch.ops.aten
 
 NONNEGATIVE = frozenset({
-    aten.relu.default, aten.relu6.default, aten.sigmoid.default, aten.hardsigmoid.default, aten.softplus.default,
+    aten.relu.default, aten.relu6.default, aten.sigmoid.default, aten.hardsigmoid.default,
     aten.abs.default, aten.square.default, aten.exp.default, aten.softmax.int, aten._softmax.default,
 })  # fmt: skip
 """Operators whose result is never below 0, whatever goes in."""
@@ -67,7 +67,7 @@ def cannot_matter(program: Program, gate: HardGate) -> bool:
 def is_nonnegative(program: Program, value: Node) -> bool:
     """Whether `value` is ≥ 0 by its producer, seen through operators that make nothing negative of what is not."""
     while value.op == "call_function":
-        if value.target in NONNEGATIVE or _floor(value) >= 0:
+        if value.target in NONNEGATIVE or _floor(value) >= 0 or _is_softplus(value):
             return True
         if value.target is GATE:
             gate = hard_gate(program, value)
@@ -93,6 +93,14 @@ def _floor(node: Node) -> float:
     # clamp(min=0, max=-1) is −1 everywhere.
     bounds = [low, float("inf") if high is None else high]
     return min(bounds) if all(type(item) in (int, float) for item in bounds) else float("-inf")
+
+
+def _is_softplus(node: Node) -> bool:
+    """Whether it is one that is never negative: with β < 0 it is never positive, and above its threshold it is x."""
+    if node.target is not aten.softplus.default:
+        return False
+    given = arguments(node)
+    return bool(given["beta"] > 0 and given["threshold"] >= 0)
 
 
 def _split(program: Program, gate: HardGate) -> None:

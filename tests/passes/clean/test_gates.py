@@ -176,6 +176,15 @@ def test_one_threshold_after_a_convolution_lies_along_its_channels() -> None:
     assert gate.args[1].meta["val"].shape == (5,) and gate.kwargs["dim"] == -3
 
 
+@pytest.mark.parametrize("conv", [nn.Conv2d(2, 5, 3), nn.ConvTranspose2d(2, 5, 3)])
+def test_and_without_a_batch_too(conv: nn.Module) -> None:
+    plan = fz.Plan(inputs=[fz.Input("x", shape=(2, 8, 8))])
+    program, _ = capture(nn.Sequential(conv, nn.Threshold(0.1, 0.0)).eval(), plan)
+    run_passes(program, [item() for item in CLEAN], Context(plan))
+    (gate,) = gates(program)
+    assert gate.args[1].meta["val"].shape == (5,) and gate.kwargs["dim"] == -3
+
+
 def test_a_gain_beside_the_gate_stays_a_product() -> None:
     for spelling in (lambda m, x: m.g * x * (x > m.t), lambda m, x: x * (x > m.t) * m.g):
         program, _, model = recognise(lambda m, x, s=spelling: s(m, x.sin()))
@@ -191,6 +200,23 @@ def test_half_precision_has_thresholds_in_float32() -> None:
     assert gate.args[1].meta["val"].dtype == torch.float32 and gate.meta["val"].dtype == torch.bfloat16
     x = torch.randn(200, 3, 4).bfloat16()
     assert torch.equal(program.run(x)[0], x * (x > model.t))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_threshold_that_half_precision_rounds_stays_and_says_why(dtype: str) -> None:
+    """The model compares with 0.30078125 or 0.30004883, float64 with 0.3: a gate could be only one of them."""
+    spec, kind = fz.Input("x", shape=("batch", 3, 4), dtype=dtype), getattr(torch, dtype)
+    for spelling in (lambda m, x: torch.where(x > 0.3, x, 0), lambda m, x: x * ~(x <= 0.3),
+                     lambda m, x: x * (x.abs() > torch.tensor(0.3)), lambda m, x: F.hardshrink(x, 0.3)):  # fmt: skip
+        program, ctx, _ = recognise(spelling, spec, kind)
+        assert not gates(program) and [miss.reason for miss in ctx.near_misses if "rounded to" in miss.reason]
+    # A threshold operator compares in float32, as a comparison with a tensor of thresholds in float32 does.
+    levels = torch.full((4,), 0.3)
+    x = torch.tensor([0.2988, 0.3, 0.302, 0.4], dtype=kind).expand(2, 3, 4)
+    for spelling in (lambda m, x: F.threshold(x, 0.3, 0.0), lambda m, x: x * (x > levels),
+                     lambda m, x: x * (x > 0.5), lambda m, x: F.hardshrink(x, 0.375)):  # fmt: skip
+        program, _, model = recognise(spelling, spec, kind)
+        assert len(gates(program)) == 1 and torch.equal(program.run(x)[0], spelling(model, x))
 
 
 def test_a_mask_that_something_else_reads_stays_for_it() -> None:

@@ -76,6 +76,12 @@ def test_a_gate_that_shuts_only_what_is_0_goes(producer: Callable[[Tensor], Tens
     assert ctx.ledger.rows[-1].executes == "nothing" and "no threshold is above 0" in ctx.ledger.rows[-1].detail
 
 
+@pytest.mark.parametrize(("options", "goes"), [((), True), ((2.0, 3.0), True), ((-1.0,), False), ((1.0, -2.0), False)])
+def test_a_softplus_may_be_negative(options: tuple[float, ...], goes: bool) -> None:
+    program, _ = fold(Gated(lambda m, x: m.last(m.gate(F.softplus(m.linear(x), *options))), SHUT))
+    assert ("threshold" not in program.state) is goes
+
+
 def test_of_any_value_where_the_score_is_its_magnitude() -> None:
     program, ctx = fold(Gated(lambda m, x: m.gate(m.linear(x)), SHUT, score="abs"))
     assert operators(program) == ["linear"]
