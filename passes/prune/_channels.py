@@ -84,6 +84,15 @@ class Channels:
                 unread[value] = torch.stack(ways).all(0) if ways else never
         return unread[self.gates[0]]
 
+    def waking(self, program: Program, count: int) -> Tensor:
+        """Of `count` neurons, those that a gate behind the first one lets fire on the 0 they are: bool [count]."""
+        levels = [program.constant64(arguments(node)["threshold"]) for node in self.gates[1:] if node in self.silent]
+        found = torch.zeros(count, dtype=torch.bool)
+        for level in levels:
+            assert level is not None
+            found |= (level < 0).reshape(-1, count).any(0).cpu()
+        return found
+
     def keep(self, program: Program, kept: Sequence[int]) -> None:
         """Remove all neurons but `kept`; ``meta["kept"]`` of the gates says which of the original ones they are."""
         own: dict[tuple[Node, Node], Node] = {}  # an operator may read one constant by rows and by columns

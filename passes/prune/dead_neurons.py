@@ -57,6 +57,11 @@ class DeadNeurons(Pass):
             ctx.near_misses.append(found)
             _report(program, ctx, gate, dead, "skipped", f", but stay: {found.reason}", total)
             return False
+        if bool((dead.either & found.waking(program, total)).any()):
+            # They would be counted as silent, and are not.
+            end = ", but stay: a gate behind it has a threshold below 0, and fires where they are silent"
+            _report(program, ctx, gate, dead, "skipped", end, total)
+            return False
         kept = (~dead.either).nonzero().flatten().tolist() or [0]
         if len(kept) == total:
             _report(program, ctx, gate, dead, "skipped", ", but it is the only one", total)

@@ -345,6 +345,18 @@ def test_the_gate_stays_and_the_ledger_says_why(name: str) -> None:
     assert gates(program)[0].meta["val"].shape[-1] == 6 and "kept" not in gates(program)[0].meta
 
 
+def test_neurons_that_a_gate_behind_lets_fire_at_0_stay() -> None:
+    for level, outcome in ((-0.5, "skipped"), (0.0, "rewritten")):
+        levels = torch.tensor([0.1, level, 0.1, 0.1, 0.1, 0.1])
+        chain = lambda m, x, a, b: b(KERNEL.op(gate(m, a(x)).tanh(), m.u))  # noqa: E731
+        program, ctx = prune(Fn(chain, layer(dead=[1]), nn.Linear(6, 3), u=levels), "batch", 4)
+        assert rows(ctx)[0].outcome == outcome
+        assert ("fires where they are silent" in rows(ctx)[0].detail) is (level < 0)
+    levels = torch.tensor([-0.5, 0.1, -0.5, -0.5, -0.5, -0.5])  # the others may be below 0
+    program, _ = prune(Fn(chain, layer(dead=[1]), nn.Linear(6, 3), u=levels), "batch", 4)
+    assert gates(program)[0].meta["kept"] == (0, 2, 3, 4, 5)
+
+
 def test_grouped_convolutions_stay() -> None:
     model = Fn(
         lambda m, x, a, b: b(gate(m, a(x), dim=1)),
