@@ -351,9 +351,9 @@ def test_bounds_with_rounding_have_room_for_that_of_a_bias() -> None:
     with torch.no_grad():
         layer.weight.fill_(1e-3)
         layer.bias.fill_(1000.0)
-    program = program_of(layer, image("batch", 1, low=0.0, high=0.55))
+    program = program_of(layer, image("batch", 1, low=0.0, high=0.59))
     bound = intervals(program, rounding=True)[program.output_nodes[0]]
-    found = program.run(torch.linspace(0, 0.55, 100)[:, None])[0].double()
+    found = program.run(torch.linspace(0, 0.59, 100)[:, None])[0].double()
     assert bool(((bound.low <= found) & (found <= bound.high)).all())
 
 
