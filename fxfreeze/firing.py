@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import count
 from typing import Any
 
 import torch
@@ -50,14 +51,23 @@ def gate_rows(program: Program) -> list[GateRow]:
     """The hard gates, in the order of :func:`comparisons`; sites that several gates share are numbered."""
     nodes = comparisons(program)
     sites = [node.meta["fxfreeze"].site for node in nodes]
-    many, seen, rows = Counter(sites), Counter[str](), []
-    for node, site in zip(nodes, sites, strict=True):
+    rows = []
+    for node, name in zip(nodes, numbered(sites), strict=True):
         dim, kept = node.meta["dim"], node.meta.get("kept")
-        name = site if many[site] == 1 else f"{site}.{seen[site]}"
-        seen[site] += 1
         neurons = node.meta["neurons"] if kept is not None else int(node.meta["val"].shape[dim])
         rows.append(GateRow(name, node.meta["fxfreeze"].step, dim, neurons, kept, node.meta.get("share")))
     return rows
+
+
+def numbered(sites: Sequence[str]) -> list[str]:
+    """A name per gate: its site, with a number where several share it that makes no name of another site."""
+    many = Counter(sites)
+    names = {site: _free(site, many) for site in many}
+    return [site if many[site] == 1 else next(names[site]) for site in sites]
+
+
+def _free(site: str, taken: Container[str]) -> Iterator[str]:
+    return (name for number in count() if (name := f"{site}.{number}") not in taken)
 
 
 @torch.no_grad()

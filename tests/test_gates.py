@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import fxfreeze as fz
 from fxfreeze.api import rewrite
+from fxfreeze.firing import gate_rows
 
 IMAGE = [fz.Input("x", shape=("batch", 12), low=0.0, high=1.0)]
 
@@ -121,3 +122,17 @@ def test_half_precision(dtype: str) -> None:
     differ = {site: float((found[site] != fires[site]).float().mean()) for site in found}
     assert differ["1"] < 0.01 and differ["3"] < 0.05
     assert float((artifact(x).double() - want.double()).norm() / want.double().norm()) < 0.05
+
+
+class Container(nn.Sequential):
+    """Two gates of its own around those of its children, which are called as its own would be numbered."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = super().forward(torch.where(x > 0.1, x, 0.0))
+        return torch.where(x > 0.3, x, 0.0)
+
+
+def test_sites_that_are_numbered_do_not_take_the_names_of_others() -> None:
+    block = Container(nn.Threshold(0.2, 0.0), nn.Linear(12, 12), nn.Threshold(0.4, 0.0), nn.Linear(12, 12))
+    program = rewrite(nn.Sequential(block).eval(), fz.Plan([fz.Input("x", shape=("batch", 12))])).program
+    assert [row.site for row in gate_rows(program)] == ["0.1", "0.0", "0.2", "0.3"]
