@@ -61,7 +61,7 @@ def adapt(model: nn.Module, plan: Plan, *, example_inputs: Any = None, verify: V
     Returns:
         A module that computes what `model` computes (until its adapters are trained, or unless the plan names trained
         weights), whose only parameters are the adapters'. A Tversky head starts near the layer it replaces, and a soft
-        gate all but open; the ledger says so.
+        gate as open as the ledger says.
 
     Raises:
         PlanError: a step matches nothing it can adapt, or its weights do not fit.
@@ -139,8 +139,7 @@ class AdaptedModule(nn.Module):
             PlanError: an adapter holds NaN or Inf.
         """
         program = self.origins.program.clone()
-        settings = {name: getattr(owner, leaf).detach().clone() for name, (owner, leaf) in self._settings.items()}
-        for name, value in (self.adapter_state() | settings).items():
+        for name, value in (self.adapter_state() | self._setting_state()).items():
             old = program.state[name]
             weights.check(name, value, old.shape, "the adapted module")
             program.state[name] = value.to(old.device, old.dtype)
@@ -166,10 +165,15 @@ class AdaptedModule(nn.Module):
         """A copy of every adapter parameter, by name (``adapters.<step>.<module path>.<leaf>``)."""
         return {name: getattr(owner, leaf).detach().clone() for name, (owner, leaf) in self._homes.items()}
 
+    def _setting_state(self) -> dict[str, Tensor]:
+        return {name: getattr(owner, leaf).detach().clone() for name, (owner, leaf) in self._settings.items()}
+
     @property
     def temperatures(self) -> list[Tensor]:
         """The temperatures of the gates, 0-d, one per step: set them in place."""
         return [getattr(owner, leaf) for owner, leaf in self._settings.values()]
+
+    _gate_temperatures = temperatures  # how fxfreeze.nn.TemperatureSchedule tells gates from modules of others
 
     def extra_repr(self) -> str:
         steps = ", ".join(f"{step.name} at {step.at}" for step in self.plan.steps) or "no steps"
@@ -178,15 +182,18 @@ class AdaptedModule(nn.Module):
     # ------------------------------------------------------------------ files
 
     def save_adapters(self, path: str | os.PathLike[str]) -> None:
-        """Write the adapters to a safetensors file, in one step; a plan's step can name it as its `weights`.
+        """Write the adapters, and the temperatures of gates, to a safetensors file, in one step; a plan's step can name
+        it as its `weights`.
 
         Raises:
             PlanError: the file cannot be written.
         """
-        weights.write(path, self.adapter_state(), weights.metadata(self.plan))
+        weights.write(path, self.adapter_state() | self._setting_state(), weights.metadata(self.plan))
 
     def load_adapters(self, path: str | os.PathLike[str]) -> None:
         """Read what :meth:`save_adapters` wrote, or any safetensors file with exactly these names; all or nothing.
+
+        A file without temperatures leaves them as they are.
 
         Raises:
             PlanError: a key is missing, unexpected, of another shape, or holds NaN or Inf; the file was trained with
@@ -195,13 +202,16 @@ class AdaptedModule(nn.Module):
         stored, metadata = weights.read(path)
         where = os.fspath(path)
         weights.check_metadata(metadata, self.plan.steps, where)
-        weights.check_keys(list(self._homes), list(stored), where)
+        settings = {name: getattr(owner, leaf) for name, (owner, leaf) in self._settings.items() if name in stored}
+        weights.check_keys([*self._homes, *settings], list(stored), where)
+        for name in settings:
+            weights.check_setting(name, stored[name], where)
         homes = {name: getattr(owner, leaf) for name, (owner, leaf) in self._homes.items()}
         for name, parameter in homes.items():
             weights.check(name, stored[name], parameter.shape, where)
         with torch.no_grad():
-            for name, parameter in homes.items():
-                parameter.copy_(stored[name])
+            for name, held in (homes | settings).items():
+                held.copy_(stored[name])
 
     # ------------------------------------------------------------------ compiling
 

@@ -70,6 +70,17 @@ def check(name: str, value: Tensor, shape: Sequence[int], where: str) -> Tensor:
     return value
 
 
+def check_setting(name: str, value: Tensor, where: str) -> Tensor:
+    """`value` if it can be the setting `name`, a positive number.
+
+    Raises:
+        PlanError: names the key, and what is there.
+    """
+    if not float(check(name, value, (), where)) > 0:
+        raise PlanError(f"{name} must be > 0, got {float(value):g}", where=where)
+    return value
+
+
 def check_keys(expected: Sequence[str], found: Sequence[str], where: str) -> None:
     """Refuse a file that lacks a parameter, or holds a key that is none.
 
@@ -112,7 +123,8 @@ def check_metadata(metadata: Mapping[str, str], steps: Iterable[Step], where: st
         raise PlanError(f"adapter file of version {version}; this fxfreeze reads up to {FORMAT}", where=where)
     for step in steps:
         then, now = known[step.name], _meaning(step)
-        if then is not None and then != now:
+        # A key that came to mean something after the file was written says nothing about it.
+        if then is not None and any(now.get(key) != value for key, value in then.items()):
             raise PlanError(
                 f"step {step.name!r} was trained as {_words(then)}, but the plan says {_words(now)}",
                 where=where,

@@ -31,7 +31,7 @@ class Gate(nn.Module):
         neurons: C, the size of `h` along `dim`.
         s: "h", or "abs" for \|h\|.
         temperature: T > 0, in the unit of `h`; a buffer, see :class:`TemperatureSchedule`.
-        threshold: where τ starts; default: −4 · temperature, all but open.
+        threshold: where τ starts; default: −4 · temperature, all but open for h ≥ 0.
         modes: with it, :meth:`forward` takes for every row which of so many gains and thresholds it uses.
         dim: where the neurons are.
 
@@ -65,7 +65,7 @@ class Gate(nn.Module):
         return KERNEL.op(h, self.threshold, self.gain, self.temperature, mode, score=self.s, dim=self.dim)
 
     @property
-    def temperatures(self) -> list[Tensor]:
+    def _gate_temperatures(self) -> list[Tensor]:
         """Its temperature, in a list; as an adapted module has it."""
         return [self.temperature]
 
@@ -103,8 +103,8 @@ class TemperatureSchedule:
                 raise ValueError(f"{name} must be positive, got {value!r}")
         if kind not in _CURVES:
             raise ValueError(f"kind must be one of {', '.join(map(repr, _CURVES))}, got {kind!r}")
-        self._found = [value for part in module.modules() for value in getattr(part, "temperatures", ())]
-        if not self._found:
+        self._gates: list[Any] = [part for part in module.modules() if hasattr(type(part), "_gate_temperatures")]
+        if not any(part._gate_temperatures for part in self._gates):
             raise ValueError("the module has no gates")
         self.start, self.end, self.steps, self.kind, self.count = start, end, steps, kind, 0
         self._set()
@@ -121,8 +121,10 @@ class TemperatureSchedule:
         return self.temperature
 
     def _set(self) -> None:
-        for value in self._found:
-            value.fill_(self.temperature)
+        # Buffers are looked up each time: moving a module to another device or dtype replaces them.
+        for part in self._gates:
+            for value in part._gate_temperatures:
+                value.fill_(self.temperature)
 
     def state_dict(self) -> dict[str, int]:
         """Where the schedule is."""

@@ -32,7 +32,7 @@ from torch import Tensor
 from fxfreeze import weights
 from fxfreeze.errors import PlanError
 from fxfreeze.plan import IA3, DoRA, Gate, Tversky
-from fxfreeze.program import ADAPTERS
+from fxfreeze.program import ADAPTERS, SETTINGS
 
 from .._adapters import DeltaStep, parameter_name
 from .._operators import WeightOperator
@@ -87,9 +87,10 @@ class Source:
         if step.weights is not None:
             self.stored, metadata = weights.read(step.weights)
             weights.check_metadata(metadata, [step], step.weights)
-        self._foreign = tuple(f"{ADAPTERS}{name}." for name in others)
+        self._foreign = tuple(f"{prefix}{name}." for name in others for prefix in (ADAPTERS, SETTINGS))
         self._short = f"{ADAPTERS}{step.name}."
         self._asked: list[str] = []
+        self._leaf = ""
 
     def value(self, site: str, parameter: Parameter) -> Tensor:
         """The value of `parameter` at `site`.
@@ -98,6 +99,7 @@ class Source:
             PlanError: the file's has another shape, is not floating, or holds NaN or Inf.
         """
         name = parameter_name(self.step, site, parameter.leaf)
+        self._leaf = self._leaf or parameter.leaf
         if self.file is None:
             seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:7])
             return parameter.initial(torch.Generator().manual_seed(seed))
@@ -106,6 +108,18 @@ class Source:
         if key not in self.stored:
             return torch.zeros(parameter.shape)  # finish() reports it, together with all others
         return weights.check(key, self.stored[key], parameter.shape, self.file)
+
+    def setting(self, leaf: str, given: float) -> float:
+        """The positive number ``settings.<step>.<leaf>`` that the file may hold, else the plan's.
+
+        Raises:
+            PlanError: it is no number, or not positive.
+        """
+        key = f"{SETTINGS}{self.step.name}.{leaf}"
+        if self.file is None or key not in self.stored:
+            return float(given)
+        self._asked.append(key)
+        return float(weights.check_setting(key, self.stored[key], self.file))
 
     def finish(self) -> None:
         """Check that the file held what was asked for, and nothing else.
@@ -118,7 +132,7 @@ class Source:
             try:
                 weights.check_keys(self._asked, found, self.file)
             except PlanError as error:
-                error.hint = f"keys are named like {parameter_name(self.step, '<module path>', 'lora_A')}"
+                error.hint = f"keys are named like {parameter_name(self.step, '<module path>', self._leaf)}"
                 if any(key.startswith("base_model.model.") for key in found):
                     error.hint += "; peft names its own base_model.model.<path>.lora_A.weight: rename them"
                 raise
