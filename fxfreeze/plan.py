@@ -359,7 +359,7 @@ class Gate(Step):
     one per row of the batch (the first dim of the plan's first input), from 0 to modes − 1.
     """
 
-    meaning = ("s", "on", "modes")
+    meaning = ("s", "on", "modes", "dim")
 
     kind: Literal["gate"] = Field(default="gate", description="Gain and threshold per neuron.", kw_only=True)
     on: Literal["activation", "output"] = Field(
@@ -373,19 +373,22 @@ class Gate(Step):
         default=0.1, description="Temperature T of the soft indicator when training starts, in the unit of h; > 0."
     )
     threshold: Number | None = Field(
-        default=None, description="Where all thresholds start, in the unit of h. Default: −4 · temperature."
+        default=None,
+        description="Where all thresholds start, in the unit of h. Default: 4 · temperature below the least value of "
+        "the activation; below 0 where it has none, and for s = 'abs'.",
     )
     harden: Flag = Field(default=True, description="Compile to hard gates; false compiles the soft ones.")
     dim: Annotated[int, Strict()] | None = Field(
         default=None,
-        description="Dim of the neurons. Default: the channels of the convolution before the activation, else the "
-        "last dim.",
+        description="Dim of the neurons. Default: the channels of the layers and norms that the value comes from, "
+        "else the last dim.",
     )
     modes: Count | None = Field(
         default=None, description="Number of sets of gains and thresholds, of which every row of a batch names one."
     )
     select: Symbol = Field(
-        default="mode", description="Name of the input that names every row's mode; steps may share it."
+        default="mode",
+        description="Name of the input that names every row's mode; steps with as many modes may share it.",
     )
     weights: Weights | None = Field(
         default=None,
@@ -498,11 +501,19 @@ class Plan(Record):
 
     def _select_problems(self, names: Sequence[str]) -> Iterator[Problem]:
         tops = [name.split(".", 1)[0] for name in names]
+        first: dict[str, int] = {}
         for i, step in enumerate(self.steps):
             if not isinstance(step, Gate) or step.modes is None:
                 continue
             if step.select in tops:
                 yield f"steps[{i}].select", f"{step.select!r} is an input of the model; choose another name"
+            other = self.steps[first.setdefault(step.select, i)]
+            if isinstance(other, Gate) and other.modes != step.modes:
+                yield (
+                    f"steps[{i}].modes",
+                    f"{step.name!r} has {step.modes} modes by {step.select!r}, but {other.name!r} "
+                    f"(steps[{first[step.select]}]) has {other.modes} by it; give one of them another select",
+                )
             if self.inputs and not self.inputs[0].shape:
                 yield (
                     f"steps[{i}].modes",
@@ -512,10 +523,7 @@ class Plan(Record):
     @property
     def selects(self) -> tuple[Input, ...]:
         """The inputs that steps add to the model's, one integer per row: which of their modes it uses."""
-        modes: dict[str, int] = {}
-        for step in self.steps:
-            if isinstance(step, Gate) and step.modes is not None:
-                modes[step.select] = min(step.modes, modes.get(step.select, step.modes))
+        modes = {step.select: step.modes for step in self.steps if isinstance(step, Gate) and step.modes is not None}
         rows = self.inputs[0].shape[:1]
         return tuple(Input(name, rows, "int64", low=0, high=count - 1) for name, count in modes.items())
 

@@ -371,7 +371,7 @@ def steps(draw: st.DrawFn, *, rows: bool) -> Step:
         modes = draw(st.one_of(st.none(), st.integers(1, 10**4))) if rows else None
         heat = draw(st.floats(1e-6, 1e6, allow_nan=False))
         return Gate(at, s=draw(st.sampled_from(["h", "abs"])), temperature=heat, harden=draw(st.booleans()),
-                    modes=modes, select="fxfreeze_mode", weights=weights)  # fmt: skip
+                    modes=modes, select=f"fxfreeze_mode_{modes}", weights=weights)  # fmt: skip
     kind = draw(st.sampled_from([LoRA, DoRA]))
     alpha = draw(st.one_of(st.none(), floats.filter(bool), st.integers(1, 10**6)))
     return kind(at, draw(st.integers(1, 10**6)), alpha, draw(st.booleans()), weights)
