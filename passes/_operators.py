@@ -74,13 +74,6 @@ ACTIVATIONS = frozenset({
 })  # fmt: skip
 """Activation functions, element by element; erf is part of one."""
 
-LEAST: dict[Any, float] = {
-    aten.relu.default: 0.0, aten.relu6.default: 0.0, aten.sigmoid.default: 0.0, aten.hardsigmoid.default: 0.0,
-    aten.softplus.default: 0.0, aten.gelu.default: -0.17, aten.silu.default: -0.2785, aten.mish.default: -0.3089,
-    aten.hardswish.default: -0.375, aten.tanh.default: -1.0, aten.elu.default: -1.0, aten.selu.default: -1.7581,
-}  # fmt: skip
-"""The least value of activation functions that have one, with their usual arguments."""
-
 
 @dataclass(frozen=True)
 class WeightOperator:

@@ -60,6 +60,10 @@ class Offers:
         runs = f" (it runs {_some(sorted({str(node.target) for node in read or ran}))})" if ran else ""
         return f"is a {kind}{runs}, which {self.lacking}"
 
+    def of_model(self) -> str | None:
+        """What to do about operators in the forward of the model itself, which no pattern can name."""
+        return None
+
 
 class Sites(Offers):
     """Layers with a weight: path → calls of the one weight it holds; several when its module runs repeatedly."""
@@ -68,17 +72,38 @@ class Sites(Offers):
     lacking = f"holds no weight that an adapter can act on; {_ADAPTABLE} do"
 
 
+@dataclass(frozen=True)
+class Value:
+    """A value to gate.
+
+    Attributes:
+        node: it.
+        users: who reads it gated.
+        body: what makes it of the module's input.
+    """
+
+    node: Node
+    users: frozenset[Node]
+    body: frozenset[Node]
+
+
 class Activations(Offers):
     """Activation functions: path → their results."""
 
-    operators: dict[str, list[Node]]
+    operators: dict[str, list[Value]]
     lacking = "runs no activation function itself; on='output' gates what any module returns"
+
+    def of_model(self) -> str | None:
+        if "" not in self.operators:
+            return None
+        names = _some(sorted({str(value.node.target) for value in self.operators[""]}))
+        return f"the model's own forward runs {names}, which no path names: make it a module, such as nn.ReLU"
 
 
 class Results(Offers):
-    """What modules return: path → the floating values that leave it."""
+    """What modules return: path → the floating values that leave a call of it, for those outside of that call."""
 
-    operators: dict[str, list[Node]]
+    operators: dict[str, list[Value]]
     lacking = "returns no floating tensor"
 
 
@@ -95,7 +120,10 @@ def find_activations(program: Program) -> Activations:
         if not functions:
             continue
         plain = path and not _below(path, inner) and not any(map(_constants, nodes))
-        single = [node for node in functions if node.target is not aten.erf.default]
+        single = [
+            Value(node, frozenset(node.users), frozenset([node]))
+            for node in functions if node.target is not aten.erf.default
+        ]  # fmt: skip
         if results := _leaving(program, path) if plain else single:
             found.operators[path] = results
     return found
@@ -110,17 +138,25 @@ def find_results(program: Program) -> Results:
     return found
 
 
-def _leaving(program: Program, path: str) -> list[Node]:
-    """Floating tensors that a module makes and something outside of it reads."""
+def _leaving(program: Program, path: str) -> list[Value]:
+    """Floating tensors that a call of a module makes and something outside of that call reads."""
+    calls: dict[str, list[Node]] = {}
+    for node in program.graph.nodes:
+        if node.op == "call_function" and (call := _call(node, path)) is not None:
+            calls.setdefault(call, []).append(node)
+    found: dict[Node, Value] = {}
+    for body in map(frozenset, calls.values()):
+        for node in body:
+            value, users = node.meta.get("val"), frozenset(node.users) - body
+            if isinstance(value, torch.Tensor) and value.is_floating_point() and value.ndim and users:
+                found[node] = Value(node, users, body)
+    return [found[node] for node in program.graph.nodes if node in found]
 
-    def is_inside(node: Node) -> bool:
-        return node.op == "call_function" and path in program.module_classes(node)
 
-    return [
-        node for node in program.graph.nodes
-        if is_inside(node) and isinstance(value := node.meta.get("val"), torch.Tensor) and value.is_floating_point()
-        and value.ndim and any(not is_inside(user) for user in node.users)
-    ]  # fmt: skip
+def _call(node: Node, path: str) -> str | None:
+    """Which call of the module at `path` made `node`: torch.export numbers them in the keys, not in the paths."""
+    stack: dict[str, tuple[str, str]] = node.meta.get("nn_module_stack") or {}
+    return next((key for key, (inner, _) in stack.items() if inner == path), None)
 
 
 def _constants(node: Node) -> set[Any]:
@@ -158,7 +194,12 @@ def resolve(sites: Offers, step: Step, index: int) -> tuple[list[str], dict[str,
     Raises:
         PlanError: a pattern matches no module, or nothing an adapter can act on.
     """
-    matched = match_sites(sites.program, step, index)
+    try:
+        matched = match_sites(sites.program, step, index)
+    except PlanError as error:
+        if own := sites.of_model():
+            error.hint = f"{error.hint}; {own}" if error.hint else own
+        raise
     for pattern in step.patterns:
         hits = [path for path in matched if fnmatchcase(path, pattern)]
         if not any(path in sites.operators for path in hits):
@@ -166,8 +207,8 @@ def resolve(sites: Offers, step: Step, index: int) -> tuple[list[str], dict[str,
             more = f"\n  and {len(hits) - _SHOWN} more" if len(hits) > _SHOWN else ""
             raise PlanError(
                 f"steps[{index}].at: {pattern!r} matches nothing that {type(step).__name__} can adapt:{reasons}{more}",
-                where=step.name,
-            )
+                where=step.name, hint=sites.of_model(),
+            )  # fmt: skip
     taken = [path for path in matched if path in sites.operators]
     refused = {
         path: sites.reason(path)
