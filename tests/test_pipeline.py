@@ -232,9 +232,11 @@ def test_declared_ranges_and_examples_are_respected(program: Program) -> None:
     program.inputs = tuple(type(spec)(spec.name, spec.dtype, spec.shape, 0.5, 1.0) for spec in program.inputs)
     for (draw,) in proof_draws(program, "full"):
         assert 0.5 <= float(draw.min()) and float(draw.max()) <= 1.0
-    example = torch.full((5, 4), 7.0)
+    example = torch.full((5, 4), 0.7)
     draws = proof_draws(program, "full", [example])
-    assert torch.equal(draws[0][0], example) and torch.equal(draws[1][0], torch.full((6, 4), 7.0))
+    assert torch.equal(draws[0][0], example) and torch.equal(draws[1][0], torch.full((6, 4), 0.7))
+    with pytest.raises(PlanError, match="a value of 7 where the plan declares high=1"):
+        proof_draws(program, "full", [10 * example])
     program.dims["batch"] = (1, 5)
     assert [len(draw[0]) for draw in proof_draws(program, "full", [example])] == [5, 5]
 
