@@ -22,7 +22,7 @@ from .errors import (
     PlanError,
     ProofError,
 )
-from .plan import IA3, Dim, DoRA, Gate, Input, LoRA, Plan, Tversky
+from .plan import IA3, Dim, DoRA, Gate, Head, Input, LoRA, Plan, Splice, Tversky
 
 __all__ = [
     "IA3",
@@ -35,6 +35,7 @@ __all__ = [
     "EmitError",
     "FxfreezeError",
     "Gate",
+    "Head",
     "Input",
     "LoRA",
     "MissingDependencyError",
@@ -42,6 +43,7 @@ __all__ = [
     "Plan",
     "PlanError",
     "ProofError",
+    "Splice",
     "Tversky",
     "__version__",
     "adapt",

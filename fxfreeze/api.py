@@ -8,10 +8,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .adapt import AdaptedModule, adapt, check_capture
+from .adapt import AdaptedModule, adapt
 from .artifact import Artifact
 from .calibration import Calibration
-from .capture import capture, flat_examples, frozen
+from .capture import capture, check_capture, flat_examples, frozen
 from .parity import Flat
 from .pipeline import PassRow, proof_draws, run_passes, stage_passes
 from .plan import Plan

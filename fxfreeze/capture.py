@@ -28,8 +28,10 @@ from .errors import CaptureError, FxfreezeError
 from .exporting import dynamic_shapes, quiet, summary
 from .foreign import recognised
 from .functional import functionalise, normalise
+from .margin import slacks
 from .plan import Plan
-from .program import Program, TensorSpec, is_effectful, is_operator
+from .program import Program, TensorSpec, is_effectful, is_operator, is_random
+from .proof import relative_error
 
 _WRAPPED = "model"
 _CPU = torch.device("cpu")
@@ -425,3 +427,26 @@ def _tensor(value: Any, name: str) -> torch.Tensor:
     if not isinstance(value, torch.Tensor):
         raise CaptureError(f"the model holds a {type(value).__name__}, which no target can store", where=name)
     return value
+
+
+@torch.no_grad()
+def check_capture(program: Program, eager: FlatModel, draws: Sequence[Sequence[torch.Tensor]]) -> None:
+    """Compare the captured program with the model it was captured from, which nothing sees again after this.
+
+    Raises:
+        CaptureError: an output differs by more than the same operators could.
+    """
+    if any(is_random(node) for node in program.graph.nodes):
+        return
+    for draw in draws[:1]:
+        with frozen(eager):
+            expected = eager(*(value.clone() for value in draw))
+        moves = slacks(program, draw)
+        for name, now, then, slack in zip(program.outputs, program.run(*draw), expected, moves, strict=True):
+            loose = then.is_floating_point() and torch.finfo(then.dtype).bits < 32
+            error = relative_error(now, then) if slack is None else slack.relative_error(now, then)
+            if not error <= (0.1 if loose else 1e-3):
+                raise CaptureError(
+                    f"the captured graph disagrees with the model: output {name!r} differs by {error:.2g}",
+                    hint="the model may keep state between calls, or behave differently when traced",
+                )

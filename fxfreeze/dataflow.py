@@ -5,13 +5,14 @@ Dims are counted from the end (−1 is the last): that is what stays put whether
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.fx import Node
+from torch.fx import Graph, Node
 
 aten = torch.ops.aten
 
@@ -100,3 +101,29 @@ def _reshaped(before: Sequence[Any], after: Sequence[Any]) -> dict[int, int]:
                 if str(math.prod(after[i + 1 :])) == str(math.prod(before[j + 1 :])):
                     found[i - len(after)] = j - len(before)
     return found
+
+
+def sort(graph: Graph) -> bool:
+    """Move every node that stands before one of its operands behind that, and leave the others in their order.
+
+    Returns:
+        False: nodes depend on each other in a ring; the graph is as it was.
+    """
+    placed: set[Node] = set()
+    order: list[Node] = []
+    waiting = list(graph.nodes)
+    while waiting:
+        late = []
+        for node in waiting:
+            if placed.issuperset(node.all_input_nodes):
+                placed.add(node)
+                order.append(node)
+            else:
+                late.append(node)
+        if len(late) == len(waiting):
+            return False
+        waiting = late
+    for before, node in itertools.pairwise(order):
+        if before.next is not node:
+            before.append(node)
+    return True

@@ -156,7 +156,10 @@ def _check_result(item: Pass, program: Program, interface: Any) -> None:
         program.verify()
     except PassError as error:
         raise PassError(f"pass {item.name!r} left an invalid program: {error.what}", where=error.where) from error
-    if (now := _interface(program)) != interface:
+    now = _interface(program)
+    if item.stage == "adapt":  # a head makes outputs of its own, or of another shape
+        interface, now = interface[:1], now[:1]
+    if now != interface:
         raise PassError(f"pass {item.name!r} changed the interface from {interface} to {now}", where=item.name)
 
 

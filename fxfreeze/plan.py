@@ -23,7 +23,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, Union
 
 import tomli_w
-from pydantic import BeforeValidator, ConfigDict, Field, Strict, model_validator
+from pydantic import (
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    Strict,
+    WithJsonSchema,
+    model_validator,
+)
 
 from .errors import PlanError
 from .record import Problem, Record, brief, refusal, suggest
@@ -96,6 +104,20 @@ def _patterns(value: Any) -> str | tuple[str, ...]:
     return value if isinstance(value, str) else globs
 
 
+def _module(value: Any) -> Any:
+    if isinstance(value, str):
+        if re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*", value):
+            return value
+    elif callable(getattr(value, "forward", None)) and not isinstance(value, type):
+        return value
+    raise refusal(f"must be a module, or 'package.module:Name' of what makes one, got {brief(value)}")
+
+
+def _module_name(value: Any) -> str:
+    """A plan file holds where a module comes from; its weights go into a file of adapters."""
+    return value if isinstance(value, str) else f"{type(value).__module__}:{type(value).__qualname__}"
+
+
 def _path(value: Any) -> str:
     path = os.fspath(value) if isinstance(value, os.PathLike) else value
     if not isinstance(path, str) or not path.strip() or "\0" in path:
@@ -115,6 +137,13 @@ if TYPE_CHECKING:
     Patterns = str | Sequence[str]  # a list is taken too, and kept as a tuple
 else:
     Patterns = Annotated[str | tuple[str, ...], BeforeValidator(_patterns)]
+
+Module = Annotated[
+    Any,
+    BeforeValidator(_module),
+    PlainSerializer(_module_name, return_type=str),
+    WithJsonSchema({"type": "string", "pattern": r"^[A-Za-z_][\w.]*:[A-Za-z_][\w.]*$"}),
+]
 
 Target = Literal["torch", "aoti", "onnx"]
 DType = Literal[
@@ -232,6 +261,11 @@ class Step(Record):
     def patterns(self) -> tuple[str, ...]:
         """`at` as a tuple."""
         return (self.at,) if isinstance(self.at, str) else tuple(self.at)
+
+    @property
+    def selection(self) -> tuple[str, int] | None:
+        """The input by which every row of a batch chooses one of the step's alternatives, and how many there are."""
+        return None
 
     @model_validator(mode="after")
     def _default_name(self) -> Self:
@@ -395,12 +429,140 @@ class Gate(Step):
         description="Path of a safetensors file with trained gains and thresholds, relative to the plan's folder.",
     )
 
+    @property
+    def selection(self) -> tuple[str, int] | None:
+        return None if self.modes is None else (self.select, self.modes)
+
     def _problems(self) -> Iterator[Problem]:
         if not self.temperature > 0:
             yield "temperature", f"must be > 0, got {self.temperature!r}"
 
 
-STEPS: tuple[type[Step], ...] = (LoRA, DoRA, IA3, Tversky, Gate)
+class Grafted(Step):
+    """A module in the graph, on an edge (``v ← f(v, taps…)`` or ``v ← v + scale · f(v, taps…)``) or behind it."""
+
+    meaning: ClassVar[tuple[str, ...]] = ("taps", "tasks")
+
+    if TYPE_CHECKING:  # fields of some steps, fixed in others
+
+        @property
+        def on(self) -> str: ...
+        @property
+        def how(self) -> str: ...
+        @property
+        def scale(self) -> float: ...
+
+    at: Patterns = Field(
+        kw_only=True, description="Glob or globs over module paths, such as 'layer*.conv1'. Each must match a module."
+    )
+    taps: dict[Symbol, Text] = Field(
+        default_factory=dict,
+        kw_only=True,
+        description="More of what the module's forward takes, by keyword: the path of a module, for what that returns, "
+        "or the name of an input of the model.",
+    )
+    select: Symbol | None = Field(
+        default=None,
+        kw_only=True,
+        description="Name of an input that the model gets for it, and of the keyword it is passed by: one of `tasks` "
+        "integers per row of the batch.",
+    )
+    tasks: Count | None = Field(
+        default=None, kw_only=True, description="How many integers `select` may be: from 0 to tasks - 1."
+    )
+    weights: Weights | None = Field(
+        default=None,
+        kw_only=True,
+        description="Path of a safetensors file with the trained parameters, relative to the plan's folder.",
+    )
+
+    @property
+    def selection(self) -> tuple[str, int] | None:
+        return None if self.select is None or self.tasks is None else (self.select, self.tasks)
+
+    def _problems(self) -> Iterator[Problem]:
+        if (self.select is None) != (self.tasks is None):
+            yield "tasks", "and select are given together, or not at all"
+        if self.select in self.taps:
+            yield "taps", f"{self.select!r} is the input that select adds; it need not be tapped"
+
+
+class _AnyModule(Grafted):
+    """A module of the caller's."""
+
+    meaning: ClassVar[tuple[str, ...]] = ("arguments", *Grafted.meaning)
+
+    module: Module = Field(
+        description="The module: an nn.Module, or 'package.module:Name' of a class or function that makes one of "
+        "`arguments`. Every site gets a copy. Parameters that require no gradient stay frozen."
+    )
+    arguments: dict[str, Any] = Field(
+        default_factory=dict, kw_only=True, description="Keyword arguments of what makes the module."
+    )
+
+    def _problems(self) -> Iterator[Problem]:
+        yield from super()._problems()
+        if self.arguments and not isinstance(self.module, str):
+            yield "arguments", "are for a module named as 'package.module:Name'; this one is made already"
+
+
+class Splice(_AnyModule):
+    """v ← f(v, taps…): any nn.Module on an edge of the graph.
+
+    The module is called with the value itself, then with its taps by keyword, and returns one tensor. Where several
+    steps splice at one site, they do so in plan order, each behind the one before it.
+    """
+
+    meaning = (*_AnyModule.meaning, "on", "how", "scale")
+
+    kind: Literal["splice"] = Field(default="splice", description="A module on an edge of the graph.", kw_only=True)
+    on: Literal["output", "input", "module"] = Field(
+        default="output",
+        description="Change what a matched module returns, or the first floating tensor it is given; or put f in the "
+        "module's place, on its first input.",
+    )
+    how: Literal["replace", "add"] = Field(default="replace", description="v ← f(v), or v ← v + scale · f(v).")
+    scale: Number = Field(default=1.0, description="Factor of f(v) where it is added.")
+
+    def _problems(self) -> Iterator[Problem]:
+        yield from super()._problems()
+        if self.how == "replace" and self.scale != 1:
+            yield "scale", "has a meaning with how='add' only"
+        if self.how == "add" and self.on == "module":
+            yield "how", "must be 'replace' where f takes the module's place"
+
+
+class Head(_AnyModule):
+    """Outputs of the model from what one of its modules returns: new ones, or in the place of (or added to) an old one.
+
+    The module is called with what the module at `at` returns, then with its taps by keyword. A dict of tensors, a tuple
+    or one tensor becomes as many new outputs.
+    """
+
+    meaning = (*_AnyModule.meaning, "how")
+    on: ClassVar[Literal["output"]] = "output"
+
+    kind: Literal["head"] = Field(default="head", description="A module that makes outputs.", kw_only=True)
+    how: Literal["new", "replace", "add"] = Field(
+        default="new", description="Outputs of its own, or an output of the model replaced, or added to."
+    )
+    output: Text | None = Field(
+        default=None, description="The output that is replaced or added to. Default: the model's first."
+    )
+    outputs: tuple[Text, ...] | None = Field(
+        default=None, description="Names of the new outputs. Default: the step's name, with a key or number behind it."
+    )
+
+    def _problems(self) -> Iterator[Problem]:
+        yield from super()._problems()
+        if self.how == "new" and self.output is not None:
+            yield "output", "has a meaning with how='replace' and 'add' only"
+        if self.how != "new" and self.outputs is not None:
+            yield "outputs", "has a meaning with how='new' only"
+        yield from _repeats("outputs[{}]", self.outputs or ())
+
+
+STEPS: tuple[type[Step], ...] = (LoRA, DoRA, IA3, Tversky, Gate, Splice, Head)
 """Every step a plan can hold. A new step class is added here and nowhere else."""
 
 if TYPE_CHECKING:
@@ -503,29 +665,31 @@ class Plan(Record):
         tops = [name.split(".", 1)[0] for name in names]
         first: dict[str, int] = {}
         for i, step in enumerate(self.steps):
-            if not isinstance(step, Gate) or step.modes is None:
+            if step.selection is None:
                 continue
-            if step.select in tops:
-                yield f"steps[{i}].select", f"{step.select!r} is an input of the model; choose another name"
-            other = self.steps[first.setdefault(step.select, i)]
-            if isinstance(other, Gate) and other.modes != step.modes:
+            select, count = step.selection
+            key = "modes" if isinstance(step, Gate) else "tasks"
+            if select in tops:
+                yield f"steps[{i}].select", f"{select!r} is an input of the model; choose another name"
+            other = self.steps[first.setdefault(select, i)]
+            if other.selection != step.selection:
                 yield (
-                    f"steps[{i}].modes",
-                    f"{step.name!r} has {step.modes} modes by {step.select!r}, but {other.name!r} "
-                    f"(steps[{first[step.select]}]) has {other.modes} by it; give one of them another select",
+                    f"steps[{i}].{key}",
+                    f"{step.name!r} has {count} {key} by {select!r}, but {other.name!r} (steps[{first[select]}]) "
+                    f"has {(other.selection or step.selection)[1]} by it; give one of them another select",
                 )
             if self.inputs and not self.inputs[0].shape:
                 yield (
-                    f"steps[{i}].modes",
+                    f"steps[{i}].{key}",
                     f"the first input, {names[0]!r}, has no dim, so there are no rows to select for",
                 )
 
     @property
     def selects(self) -> tuple[Input, ...]:
-        """The inputs that steps add to the model's, one integer per row: which of their modes it uses."""
-        modes = {step.select: step.modes for step in self.steps if isinstance(step, Gate) and step.modes is not None}
+        """The inputs that steps add to the model's, one integer per row: which of their alternatives it uses."""
+        counts = dict(step.selection for step in self.steps if step.selection is not None)
         rows = self.inputs[0].shape[:1]
-        return tuple(Input(name, rows, "int64", low=0, high=count - 1) for name, count in modes.items())
+        return tuple(Input(name, rows, "int64", low=0, high=count - 1) for name, count in counts.items())
 
     # files
 

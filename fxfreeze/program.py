@@ -63,6 +63,10 @@ SETTINGS = "settings."
 """What the name of every constant that a plan step added to be set while it trains begins with."""
 
 
+FROZEN = "frozen."
+"""What the name of every constant that a plan step added beside those begins with."""
+
+
 FIRES = "FIRES"
 """`Origin.primitive` of the comparison that says which neurons of a gate fire."""
 
@@ -283,6 +287,20 @@ class Program:
     def replace(self, old: Node, new: Node) -> None:
         """Let every user of `old` read `new` instead; `old` stays until :meth:`sweep`."""
         old.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)
+
+    def add_outputs(self, found: Mapping[str, Node]) -> None:
+        """Return more: a dict gets more keys, a tuple or list more items; one tensor becomes a tuple."""
+        count, structure = len(self.outputs), dict(self.structure)
+        leaves = {name: {"kind": "tensor", "index": count + number} for number, name in enumerate(found)}
+        if structure["kind"] == "dict":
+            structure["items"] = {**structure["items"], **leaves}
+        elif structure["kind"] in ("tuple", "list"):
+            structure["items"] = [*structure["items"], *leaves.values()]
+        else:
+            structure = {"kind": "tuple", "items": [structure, *leaves.values()]}
+        end, results = self.graph.output_node(), (*self.output_nodes, *found.values())
+        end.args, end.meta["val"] = (results,), tuple(node.meta["val"] for node in results)
+        self.outputs, self.structure = (*self.outputs, *found), structure
 
     def sweep(self) -> int:
         """Remove operators nothing reads and constants nothing names; the number of operators removed."""

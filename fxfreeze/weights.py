@@ -134,7 +134,8 @@ def check_metadata(metadata: Mapping[str, str], steps: Iterable[Step], where: st
 
 def _meaning(step: Step) -> dict[str, Any]:
     """What changes the function that a step's parameters stand for."""
-    return {"kind": step.kind, **{key: getattr(step, key) for key in step.meaning}}
+    data = step.to_dict()
+    return {"kind": step.kind, **{key: data[key] if key in data else getattr(step, key) for key in step.meaning}}
 
 
 def _words(meaning: Mapping[str, Any]) -> str:

@@ -9,6 +9,7 @@ from fxfreeze.rewrite import Pass
 
 from .adapt.delta import InsertDelta
 from .adapt.gate import InsertGates
+from .adapt.splice import InsertSplice
 from .adapt.tversky import InsertTversky
 from .clean.attention import FourDimAttention
 from .clean.common import CommonSubexpressions
@@ -40,6 +41,7 @@ PIPELINE: tuple[Pass, ...] = (
     # adapt: put the plan's adapters in
     InsertTversky(),
     InsertDelta(),
+    InsertSplice(),
     InsertGates(),
     # freeze: what only trains
     Harden(),

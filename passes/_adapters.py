@@ -9,14 +9,14 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from fxfreeze.plan import IA3, DoRA, Gate, LoRA, Step, Tversky
+from fxfreeze.plan import IA3, DoRA, Gate, Head, LoRA, Splice, Step, Tversky
 from fxfreeze.program import ADAPTERS
 
 from ._operators import WeightOperator
 
-BASE, DELTA, HEAD, GATE = "BASE", "DELTA", "HEAD", "GATE"
+BASE, DELTA, HEAD, GATE, SPLICE = "BASE", "DELTA", "HEAD", "GATE", "SPLICE"
 """`Origin.primitive` of the operator whose weight a site's steps change, of everything they put around it, of what
-takes the operator's place, and of a gate."""
+takes the operator's place, of a gate, and of a module that was grafted."""
 
 DeltaStep = LoRA | DoRA | IA3
 """Steps that change the weight of one operator."""
@@ -44,6 +44,9 @@ def describe(step: Step) -> str:
     if isinstance(step, Gate):
         modes = "" if step.modes is None else f", {step.modes} modes by {step.select!r}"
         return f"gate on {'|h|' if step.s == 'abs' else 'h'} of the {step.on}{modes}"
+    if isinstance(step, Splice | Head):
+        name = step.module if isinstance(step.module, str) else type(step.module).__name__
+        return f"{name} as a head" if isinstance(step, Head) else f"{name}: {step.how} {step.on}"
     return f"IA3 on the {step.side}put" if isinstance(step, IA3) else type(step).__name__
 
 

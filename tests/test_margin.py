@@ -8,8 +8,7 @@ from torch import nn
 
 import fxfreeze as fz
 from fxfreeze import Input, Plan
-from fxfreeze.adapt import check_capture
-from fxfreeze.capture import capture
+from fxfreeze.capture import capture, check_capture
 from fxfreeze.errors import CaptureError, EmitError
 from fxfreeze.margin import Slack, decides, slacks
 from fxfreeze.nn import TverskyProjection

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from fxfreeze import weights
 from fxfreeze.errors import PlanError
-from fxfreeze.plan import IA3, DoRA, Gate, Tversky
+from fxfreeze.plan import IA3, DoRA, Gate, Grafted, Tversky
 from fxfreeze.program import ADAPTERS, SETTINGS
 
 from .._adapters import DeltaStep, parameter_name
@@ -81,7 +81,7 @@ class Source:
         PlanError: the file cannot be read, or says that its step was another one.
     """
 
-    def __init__(self, step: DeltaStep | Tversky | Gate, others: Iterable[str]) -> None:
+    def __init__(self, step: DeltaStep | Tversky | Gate | Grafted, others: Iterable[str]) -> None:
         self.step, self.file = step, step.weights
         self.stored: dict[str, Tensor] = {}
         if step.weights is not None:

@@ -13,7 +13,7 @@ GELU written out, say) is one activation, the value that leaves the module.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any, ClassVar
@@ -26,6 +26,7 @@ from fxfreeze.plan import Step
 from fxfreeze.program import Program
 from fxfreeze.rewrite import NoMatch, match_sites
 
+from .._adapters import SPLICE
 from .._operators import ACTIVATIONS, FORMS, WeightOperator, aten, constant_problem, weight_operator
 
 _ADAPTABLE = "Linear, Conv1d/2d/3d, ConvTranspose1d/2d/3d, Embedding and transformers' Conv1D"
@@ -87,6 +88,29 @@ class Value:
     body: frozenset[Node]
 
 
+@dataclass
+class Chain:
+    """What steps put behind one value: each for some of its users, what is for more of them nearer to the value.
+
+    Attributes:
+        links: who reads a link, its result, and the operators that make it.
+    """
+
+    value: Node
+    links: list[tuple[frozenset[Node], Node, frozenset[Node]]] = field(default_factory=list)
+
+    def end(self, users: frozenset[Node]) -> Node:
+        """What `users` read, up to links that only some of them see."""
+        return next((link for seen, link, _ in reversed(self.links) if seen >= users), self.value)
+
+    def add(self, link: Node, users: frozenset[Node], made: frozenset[Node]) -> None:
+        """Put `link`, which the operators `made` compute of :meth:`end`, behind that, for `users` only."""
+        inner = {node for seen, _, nodes in self.links if seen < users for node in nodes}
+        self.end(users).replace_all_uses_with(link, delete_user_cb=lambda user: user in users or user in inner)
+        self.links.append((users, link, made))
+        self.links.sort(key=lambda item: -len(item[0]))
+
+
 class Activations(Offers):
     """Activation functions: path → their results."""
 
@@ -107,12 +131,19 @@ class Results(Offers):
     lacking = "returns no floating tensor"
 
 
+class Operands(Offers):
+    """What modules are given: path → the first floating tensor that each call reads from outside, for the call."""
+
+    operators: dict[str, list[Value]]
+    lacking = "reads no floating tensor"
+
+
 def find_activations(program: Program) -> Activations:
     """Every activation, by the module that runs it."""
     found = Activations(program)
     ran: dict[str, list[Node]] = {}
     for node in program.graph.nodes:
-        if node.op == "call_function":
+        if node.op == "call_function" and not _grafted(node):
             ran.setdefault(program.module_path(node), []).append(node)
     inner = program.module_paths()
     for path, nodes in ran.items():
@@ -124,7 +155,7 @@ def find_activations(program: Program) -> Activations:
             Value(node, frozenset(node.users), frozenset([node]))
             for node in functions if node.target is not aten.erf.default
         ]  # fmt: skip
-        if results := _leaving(program, path) if plain else single:
+        if results := _leaving(program, path, _grafted) if plain else single:
             found.operators[path] = results
     return found
 
@@ -138,19 +169,56 @@ def find_results(program: Program) -> Results:
     return found
 
 
-def _leaving(program: Program, path: str) -> list[Value]:
-    """Floating tensors that a call of a module makes and something outside of that call reads."""
-    calls: dict[str, list[Node]] = {}
+def find_operands(program: Program) -> Operands:
+    """What every module is given."""
+    found = Operands(program)
+    for path in program.module_paths():
+        given = [value for body in _calls(program, path) if (value := _entering(program, body)) is not None]
+        if given:
+            found.operators[path] = given
+    return found
+
+
+def _entering(program: Program, body: frozenset[Node]) -> Value | None:
     for node in program.graph.nodes:
-        if node.op == "call_function" and (call := _call(node, path)) is not None:
-            calls.setdefault(call, []).append(node)
+        for operand in node.all_input_nodes if node in body else ():
+            value = operand.meta.get("val")
+            if operand in body or operand.op == "get_attr" or not isinstance(value, torch.Tensor):
+                continue
+            if value.is_floating_point() and value.ndim:
+                return Value(operand, frozenset(operand.users) & body, body)
+    return None
+
+
+def _grafted(node: Node) -> bool:
+    """Whether a plan step put `node` there as part of a module of its own."""
+    origin = node.meta.get("fxfreeze")
+    return origin is not None and origin.primitive == SPLICE
+
+
+def _leaving(program: Program, path: str, apart: Callable[[Node], bool] | None = None) -> list[Value]:
+    """Floating tensors that a call of a module makes and something outside of that call reads.
+
+    Args:
+        apart: which nodes do not count as the call's.
+    """
     found: dict[Node, Value] = {}
-    for body in map(frozenset, calls.values()):
+    for call in _calls(program, path):
+        body = call if apart is None else frozenset(node for node in call if not apart(node))
         for node in body:
             value, users = node.meta.get("val"), frozenset(node.users) - body
             if isinstance(value, torch.Tensor) and value.is_floating_point() and value.ndim and users:
                 found[node] = Value(node, users, body)
     return [found[node] for node in program.graph.nodes if node in found]
+
+
+def _calls(program: Program, path: str) -> list[frozenset[Node]]:
+    """The operators of every call of a module."""
+    calls: dict[str, list[Node]] = {}
+    for node in program.graph.nodes:
+        if node.op == "call_function" and (call := _call(node, path)) is not None:
+            calls.setdefault(call, []).append(node)
+    return list(map(frozenset, calls.values()))
 
 
 def _call(node: Node, path: str) -> str | None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from itertools import count
 from typing import Any
 
@@ -24,7 +23,7 @@ from fxfreeze.rewrite import Context, Pass
 from .._adapters import GATE, describe, parameter_name
 from .._operators import WeightOperator, aten, weight_operator
 from ._parameters import Parameter, Source, parameter_dtype
-from ._sites import Value, find_activations, find_results, resolve
+from ._sites import Chain, Value, find_activations, find_results, resolve
 
 _WIDTHS = 4
 """Temperatures between a gate's threshold and the least value, when training starts: σ(4) = 0.98."""
@@ -68,11 +67,11 @@ class InsertGates(Pass):
                     site=path, step=step.name, requested=describe(step), outcome="refused", detail=f"{path} {reason}"
                 )
         names = [step.name for step in ctx.plan.steps]
-        chains: dict[Node, _Chain] = {}
+        chains: dict[Node, Chain] = {}
         for step, values in taken:
             source = Source(step, [name for name in names if name != step.name])
             for site, value in values.items():
-                chain = chains.setdefault(value.node, _Chain(value.node))
+                chain = chains.setdefault(value.node, Chain(value.node))
                 _insert(program, ctx, value, chain, dims.get(value.node, frozenset()), step, site, source)
             source.finish()
         return sum(len(values) for _, values in taken)
@@ -88,27 +87,8 @@ def _numbered(found: dict[str, list[Value]]) -> dict[str, Value]:
     return sites
 
 
-@dataclass
-class _Chain:
-    """The gates behind one value: each for some of its users, those for more of them nearer to the value."""
-
-    value: Node
-    gates: list[tuple[frozenset[Node], Node]] = field(default_factory=list)
-
-    def end(self, users: frozenset[Node]) -> Node:
-        """What `users` read, up to gates that only some of them see."""
-        return next((gate for seen, gate in reversed(self.gates) if seen >= users), self.value)
-
-    def add(self, gate: Node, users: frozenset[Node]) -> None:
-        """Put `gate` behind :meth:`end`, for `users` only."""
-        inner = {other for seen, other in self.gates if seen < users}
-        self.end(users).replace_all_uses_with(gate, delete_user_cb=lambda user: user in users or user in inner)
-        self.gates.append((users, gate))
-        self.gates.sort(key=lambda item: -len(item[0]))
-
-
 def _insert(
-    program: Program, ctx: Context, value: Value, chain: _Chain, dims: frozenset[int], step: Gate, site: str,
+    program: Program, ctx: Context, value: Value, chain: Chain, dims: frozenset[int], step: Gate, site: str,
     source: Source,
 ) -> None:  # fmt: skip
     node = chain.end(value.users)
@@ -133,7 +113,7 @@ def _insert(
         before=before, like=node,
     )  # fmt: skip
     gate.meta["fxfreeze"] = origin
-    chain.add(gate, value.users)
+    chain.add(gate, value.users, frozenset([gate]))
     trained = f"weights from {step.weights}" if step.weights else f"untrained: {open_at}"
     ctx.ledger.add(
         site=site, step=step.name, requested=describe(step), outcome="rewritten", executes=str(KERNEL.op),

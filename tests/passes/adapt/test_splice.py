@@ -1,0 +1,319 @@
+"""fz.Splice and fz.Head: modules of the caller's in the graph, where they go, and what they refuse."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fxfreeze as fz
+from fxfreeze.errors import CaptureError, PlanError
+
+INPUT = [fz.Input("x", shape=("batch", 8))]
+
+
+class Bottleneck(nn.Module):
+    def __init__(self, width: int, rank: int = 3) -> None:
+        super().__init__()
+        self.down, self.up = nn.Linear(width, rank), nn.Linear(rank, width)
+
+    def forward(self, x: Tensor, tap: Tensor | None = None, task: Tensor | None = None) -> Tensor:
+        y = self.up(torch.relu(self.down(x)))
+        y = y if tap is None else y * tap.mean(-1, keepdim=True)
+        return y if task is None else y * (1 + task.to(y.dtype)).unsqueeze(-1)
+
+
+class Shared(nn.Module):
+    """Runs one layer twice, and returns a dict."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.layer, self.last = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        h = torch.relu(self.layer(torch.relu(self.layer(self.first(x)))))
+        return {"logits": self.last(h), "h": h}
+
+
+class Spread(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.mu, self.log_sigma = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, y: Tensor) -> dict[str, Tensor]:
+        return {"mu": self.mu(y), "sigma": self.log_sigma(y).exp()}
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 12), nn.GELU(), nn.Linear(12, 4)).eval()
+
+
+def adapted(*steps: Any, model: nn.Module | None = None, **plan: Any) -> fz.AdaptedModule:
+    return fz.adapt(model or network(), fz.Plan(plan.pop("inputs", INPUT), steps, **plan))
+
+
+def same(actual: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
+
+
+# ---- on an edge
+
+
+@pytest.mark.parametrize("how", ["replace", "add"])
+def test_behind_a_module(how: str) -> None:
+    model, module, x = network(), Bottleneck(16), torch.randn(5, 8)
+    net = adapted(fz.Splice(module, at="1", how=how, scale=0.5 if how == "add" else 1.0), model=model)
+    h = model[:2](x)
+    same(net(x), model[2:](module(h) if how == "replace" else h + 0.5 * module(h)))
+    assert sorted(net.adapter_state()) == [
+        f"adapters.splice.1.{layer}.{leaf}" for layer in ("down", "up") for leaf in ("bias", "weight")
+    ]
+    (row,) = net.ledger
+    assert (row.site, row.outcome, row.executes) == ("1", "rewritten", "3 operators of Bottleneck")
+    assert row.detail.startswith("115 trainable parameters")
+
+
+def test_in_front_of_a_module_and_in_its_place() -> None:
+    model, module, x = network(), Bottleneck(16), torch.randn(5, 8)
+    same(adapted(fz.Splice(module, at="2", on="input"), model=model)(x), model[2:](module(model[:2](x))))
+    other = nn.Linear(16, 12)
+    net = adapted(fz.Splice(other, at="2", on="module"), model=model)
+    same(net(x), model[3:](other(model[:2](x))))
+    assert "2.weight" not in net.origins.program.state
+
+
+def test_the_callers_module_stays_as_it_was_and_the_net_trains_a_copy() -> None:
+    module = Bottleneck(16)
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    module.train()
+    net = adapted(fz.Splice(module, at="1", how="add"))
+    x, optimizer = torch.randn(6, 8), torch.optim.SGD(net.parameters(), lr=0.1)
+    net(x).square().sum().backward()
+    assert all(float(value.grad.abs().max()) > 0 for value in net.parameters() if value.grad is not None)
+    optimizer.step()
+    assert module.training and all(torch.equal(before[name], value) for name, value in module.state_dict().items())
+    moved = net.adapter_state()["adapters.splice.1.up.weight"]
+    assert not torch.equal(moved, before["up.weight"])
+    artifact = fz.compile(net, net.plan)
+    same(artifact(x), net(x).detach())
+
+
+def test_what_requires_no_gradient_stays_frozen() -> None:
+    module = Bottleneck(16)
+    module.down.requires_grad_(False)
+    net = adapted(fz.Splice(module, at="1"))
+    assert sorted(net.adapter_state()) == ["adapters.splice.1.up.bias", "adapters.splice.1.up.weight"]
+    assert "frozen.splice.1.down.weight" in net.origins.program.state
+
+
+def test_all_calls_of_a_module_share_the_parameters() -> None:
+    model, module, x = Shared().eval(), Bottleneck(8), torch.randn(5, 8)
+    net = adapted(fz.Splice(module, at="layer", how="add"), model=model)
+    h = model.first(x)
+    for _ in range(2):
+        h = model.layer(h)
+        h = torch.relu(h + module(h))
+    same(net(x)["logits"], model.last(h))
+    assert len(net.adapter_state()) == 4
+
+
+def test_steps_at_one_site_act_in_plan_order() -> None:
+    model, one, two, x = network(), Bottleneck(16), Bottleneck(16), torch.randn(5, 8)
+    steps = [fz.Splice(one, at="1", how="add"), fz.Splice(two, at="1")]
+    h = model[:2](x)
+    same(adapted(*steps, model=model)(x), model[2:](two(h + one(h))))
+    same(adapted(*steps[::-1], model=model)(x), model[2:]((lambda v: v + one(v))(two(h))))
+
+
+def test_beside_a_lora_and_a_gate() -> None:
+    model, module, x = network(), Bottleneck(16), torch.randn(5, 8)
+    net = adapted(fz.LoRA(at="0", rank=2), fz.Splice(module, at="1", how="add"), fz.Gate(at="1"), model=model)
+    with torch.no_grad():
+        for name, value in net.named_parameters():
+            if "lora_B" in name:
+                value.normal_()
+            if "threshold" in name:
+                value.fill_(0.5)
+    artifact = fz.compile(net, net.plan)
+    state = net.adapter_state()
+    delta = state["adapters.lora.0.lora_B"] @ state["adapters.lora.0.lora_A"]
+    h = torch.relu(model[0](x) + x @ delta.T)
+    h = h * (h > 0.5)  # the gate acts on what the module runs, the splice on what it returns
+    same(artifact(x), model[2:](h + module(h)))
+
+
+# ---- taps and selects
+
+
+def test_taps_are_modules_or_inputs() -> None:
+    model, module, x = network(), Bottleneck(12), torch.randn(5, 8)
+    h = model[:3](x)
+    for what, value in (("x", x), ("0", model[0](x))):
+        net = adapted(fz.Splice(module, at="2", taps={"tap": what}), model=model)
+        same(net(x), model[3:](module(h, tap=value)))
+
+
+def test_a_tap_that_comes_later_in_the_graph() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.act = nn.Linear(8, 8), nn.Linear(8, 8), nn.ReLU()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.act(self.a(x)) + self.b(x)
+
+    model, module, x = Two().eval(), Bottleneck(8), torch.randn(5, 8)
+    net = adapted(fz.Splice(module, at="a", taps={"tap": "b"}), model=model)
+    same(net(x), torch.relu(module(model.a(x), tap=model.b(x))) + model.b(x))
+
+
+def test_a_tap_of_what_the_step_changes_is_refused() -> None:
+    with pytest.raises(PlanError, match="what 'splice' reads is made of what it changes"):
+        adapted(fz.Splice(Bottleneck(16), at="1", taps={"tap": "4"}))
+
+
+def test_every_row_chooses_its_task() -> None:
+    model, module, x = network(), Bottleneck(16), torch.randn(4, 8)
+    net = adapted(fz.Splice(module, at="1", how="add", select="task", tasks=3), model=model)
+    task = torch.tensor([2, 0, 1, 2])
+    h = model[:2](x)
+    same(net(x, task), model[2:](h + module(h, task=task)))
+
+
+# ---- shapes and dtypes
+
+
+def test_a_new_size_goes_through_the_rest_of_the_graph() -> None:
+    net = adapted(fz.Splice(nn.Linear(12, 7), at="4", on="module"))
+    x = torch.randn(3, 8)
+    assert net(x).shape == (3, 7)
+    assert fz.compile(net, net.plan)(x).shape == (3, 7)
+    with pytest.raises(PlanError, match=r"splice changes a shape, which 2 \(aten.linear.default.*cannot take"):
+        adapted(fz.Splice(nn.Linear(16, 15), at="1"))
+
+
+def test_half_precision_layers_take_a_float32_module() -> None:
+    model, module = network().bfloat16(), Bottleneck(16)
+    x = torch.randn(5, 8, dtype=torch.bfloat16)
+    net = adapted(fz.Splice(module, at="1", how="add"), model=model, inputs=[fz.Input("x", ("batch", 8), "bfloat16")])
+    assert net(x).dtype == torch.bfloat16
+    assert {value.dtype for value in net.parameters()} == {torch.float32}
+    h = model[:2](x)
+    torch.testing.assert_close(net(x), model[2:]((h + module(h.float())).bfloat16()))
+
+
+# ---- heads
+
+
+def test_new_outputs() -> None:
+    model, head, x = network(), Spread(), torch.randn(5, 8)
+    net = adapted(fz.Head(head, at="4"), model=model)
+    y = model(x)
+    result = net(x)
+    assert isinstance(result, tuple) and net.origins.program.outputs == ("output", "head.mu", "head.sigma")
+    for actual, expected in zip(result, (y, *head(y).values()), strict=True):
+        same(actual, expected)
+    named = adapted(fz.Head(nn.Linear(8, 2), at="first", outputs=["score"]), model=Shared().eval())
+    assert list(named(x)) == ["logits", "h", "score"] and named(x)["score"].shape == (5, 2)
+    artifact = fz.compile(net, fz.Plan(INPUT, net.plan.steps, targets=["onnx"]))
+    for actual, expected in zip(artifact(x), result, strict=True):
+        same(actual, expected.detach())
+
+
+def test_an_output_replaced_or_added_to() -> None:
+    model, x = Shared().eval(), torch.randn(5, 8)
+    wide, narrow = nn.Linear(8, 9), nn.Linear(8, 4)
+    h = model(x)["h"]
+    assert adapted(fz.Head(wide, at="first", how="replace"), model=model)(x)["logits"].shape == (5, 9)
+    net = adapted(fz.Head(narrow, at="first", how="add", output="logits"), model=model)
+    same(net(x)["logits"], model.last(h) + narrow(model.first(x)))
+    same(net(x)["h"], h)
+
+
+def test_a_head_reads_what_splices_left() -> None:
+    model, module, head, x = network(), Bottleneck(12), nn.Linear(12, 2), torch.randn(5, 8)
+    net = adapted(fz.Head(head, at="3"), fz.Splice(module, at="3"), model=model)
+    h = module(model[:4](x))
+    same(net(x)[0], model[4](h))
+    same(net(x)[1], head(h))
+
+
+# ---- files
+
+
+def test_a_plan_file_names_what_makes_the_module(tmp_path: Path) -> None:
+    step = fz.Splice("torch.nn:Linear", at="1", how="add", arguments={"in_features": 16, "out_features": 16})
+    plan = fz.Plan(INPUT, [step])
+    plan.save(tmp_path / "plan.toml")
+    again = fz.Plan.load(tmp_path / "plan.toml")
+    assert again == plan
+    one, two = (fz.adapt(network(), item).adapter_state() for item in (plan, again))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    live = fz.Plan(INPUT, [fz.Splice(nn.Linear(16, 16), at="1")])
+    assert live.to_dict()["steps"][0]["module"] == "torch.nn.modules.linear:Linear"
+
+
+def test_weights_come_from_a_file(tmp_path: Path) -> None:
+    net, x = adapted(fz.Splice(Bottleneck(16), at="1", how="add")), torch.randn(3, 8)
+    net.save_adapters(tmp_path / "adapters.safetensors")
+    step = fz.Splice(Bottleneck(16), at="1", how="add", weights=tmp_path / "adapters.safetensors")
+    same(adapted(step)(x), net(x))
+    with pytest.raises(PlanError, match=r"adapters.splice.1.down.weight has shape \(3, 16\), but \(2, 16\)"):
+        adapted(step.model_copy(update={"module": Bottleneck(16, 2)}))
+    with pytest.raises(PlanError, match=r"was trained as .*scale 1"):
+        adapted(step.model_copy(update={"scale": 2.0}))
+
+
+# ---- refusals
+
+
+@pytest.mark.parametrize(
+    ("keys", "text"),
+    [
+        ({"module": "torch.nn.Linear"}, "must be a module, or 'package.module:Name'"),
+        ({"module": nn.Linear}, "must be a module, or 'package.module:Name'"),
+        ({"module": nn.ReLU(), "arguments": {"a": 1}}, "this one is made already"),
+        ({"module": nn.ReLU(), "scale": 2.0}, "has a meaning with how='add' only"),
+        ({"module": nn.ReLU(), "how": "add", "on": "module"}, "must be 'replace' where f takes the module's place"),
+        ({"module": nn.ReLU(), "select": "task"}, "are given together, or not at all"),
+        ({"module": nn.ReLU(), "select": "task", "tasks": 2, "taps": {"task": "0"}}, "it need not be tapped"),
+    ],
+)
+def test_a_plan_refuses(keys: dict[str, Any], text: str) -> None:
+    with pytest.raises(PlanError, match=text):
+        fz.Splice(at="1", **keys)
+
+
+@pytest.mark.parametrize(
+    ("step", "text"),
+    [
+        (fz.Splice(Bottleneck(16), at="nowhere"), "no module matches 'nowhere'"),
+        (fz.Splice(Bottleneck(16), at="1", taps={"tap": "nowhere"}), "'nowhere' is no input and no module"),
+        (fz.Splice("no.such:Thing", at="1"), "cannot make 'no.such:Thing'"),
+        (fz.Splice("torch:float32", at="1"), "cannot make 'torch:float32'"),
+        (fz.Splice("builtins:dict", at="1"), "makes a dict, not an nn.Module"),
+        (fz.Splice(Spread(), at="4"), "returns 2 tensors where one is read"),
+        (fz.Head(nn.Linear(16, 2), at=["1", "2"]), "names 1, 2, but a head reads one value"),
+        (fz.Head(nn.Linear(4, 2), at="4", how="add"), r"\['?s?.*\]?, which cannot be added|refuses these operands"),
+        (fz.Head(nn.Linear(4, 2), at="4", how="replace", output="y"), "the model has no output 'y'"),
+        (fz.Head(nn.Linear(4, 2), at="4", outputs=["output"]), "the model has an output 'output'"),
+        (fz.Head(nn.Linear(4, 2), at="4", outputs=["a", "b"]), "2 names for 1 results"),
+    ],
+)
+def test_refusals(step: Any, text: str) -> None:
+    with pytest.raises((PlanError, fz.PassError), match=text):
+        adapted(step)
+
+
+def test_a_module_that_does_not_fit_is_named_with_its_shapes() -> None:
+    with pytest.raises(CaptureError, match=r"cannot put Bottleneck at 1, where it is given x: float32\[.*, 16\]"):
+        adapted(fz.Splice(Bottleneck(15), at="1"))
+
+
+def test_a_module_taken_away_cannot_be_adapted_too() -> None:
+    with pytest.raises(PlanError, match="'splice' and 'lora' both address 2, but 'splice' takes it away"):
+        adapted(fz.Splice(nn.Linear(16, 12), at="2", on="module"), fz.LoRA(at="2", rank=2))
