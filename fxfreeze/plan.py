@@ -446,6 +446,8 @@ class Grafted(Step):
     if TYPE_CHECKING:  # fields of some steps, fixed in others
 
         @property
+        def read(self) -> str: ...
+        @property
         def on(self) -> str: ...
         @property
         def how(self) -> str: ...
@@ -509,17 +511,24 @@ class _AnyModule(Grafted):
 class Splice(_AnyModule):
     """v ← f(v, taps…): any nn.Module on an edge of the graph.
 
-    The module is called with the value itself, then with its taps by keyword, and returns one tensor. Where several
+    The module is called with the value itself, or with what the site's module is given (a branch beside it), then with
+    its taps by keyword, and returns one tensor. On a parameter it makes the weight out of the weight: a
+    reparametrisation, or a network that writes it; what depends on no input is computed at compile time. Where several
     steps splice at one site, they do so in plan order, each behind the one before it.
     """
 
-    meaning = (*_AnyModule.meaning, "on", "how", "scale")
+    meaning = (*_AnyModule.meaning, "on", "read", "how", "scale")
 
     kind: Literal["splice"] = Field(default="splice", description="A module on an edge of the graph.", kw_only=True)
-    on: Literal["output", "input", "module"] = Field(
+    on: Literal["output", "input", "module", "weight", "bias"] = Field(
         default="output",
-        description="Change what a matched module returns, or the first floating tensor it is given; or put f in the "
-        "module's place, on its first input.",
+        description="Change what a matched module returns, the first floating tensor it is given, or a parameter of "
+        "it (PARAM); or put f in the module's place, on what it is given.",
+    )
+    read: Literal["value", "input"] = Field(
+        default="value",
+        description="Call f with the value that is changed, or with what the module is given, for on='output' (a "
+        "branch beside the module).",
     )
     how: Literal["replace", "add"] = Field(default="replace", description="v ← f(v), or v ← v + scale · f(v).")
     scale: Number = Field(default=1.0, description="Factor of f(v) where it is added.")
@@ -528,6 +537,8 @@ class Splice(_AnyModule):
         yield from super()._problems()
         if self.how == "replace" and self.scale != 1:
             yield "scale", "has a meaning with how='add' only"
+        if self.read == "input" and self.on != "output":
+            yield "read", f"must be 'value' with on={self.on!r}"
         if self.how == "add" and self.on == "module":
             yield "how", "must be 'replace' where f takes the module's place"
 
@@ -541,6 +552,7 @@ class Head(_AnyModule):
 
     meaning = (*_AnyModule.meaning, "how")
     on: ClassVar[Literal["output"]] = "output"
+    read: ClassVar[Literal["value"]] = "value"
 
     kind: Literal["head"] = Field(default="head", description="A module that makes outputs.", kw_only=True)
     how: Literal["new", "replace", "add"] = Field(

@@ -15,7 +15,7 @@ from .clean.attention import FourDimAttention
 from .clean.common import CommonSubexpressions
 from .clean.constants import FoldConstants, FoldLateConstants
 from .clean.gates import RecogniseGates
-from .clean.noops import StripNoOps
+from .clean.noops import StripLateNoOps, StripNoOps
 from .clean.shapes import ExplicitShapes
 from .fold.affine import FoldAffine
 from .fold.delta import FoldDelta
@@ -44,6 +44,7 @@ PIPELINE: tuple[Pass, ...] = (
     InsertSplice(),
     InsertGates(),
     # freeze: what only trains
+    StripLateNoOps(),
     Harden(),
     # fold: one operator where the model, or an adapter, has several; in float64
     FoldDelta(),

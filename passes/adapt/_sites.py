@@ -131,6 +131,13 @@ class Results(Offers):
     lacking = "returns no floating tensor"
 
 
+class Held(Offers):
+    """Parameters of modules: path → the one parameter, for those operators of the path that read it."""
+
+    operators: dict[str, list[Value]]
+    lacking = "has no such parameter that its own operators read"
+
+
 class Operands(Offers):
     """What modules are given: path → the first floating tensor that each call reads from outside, for the call."""
 
@@ -176,6 +183,26 @@ def find_operands(program: Program) -> Operands:
         given = [value for body in _calls(program, path) if (value := _entering(program, body)) is not None]
         if given:
             found.operators[path] = given
+    return found
+
+
+def find_parameters(program: Program, leaf: str) -> Held:
+    """The parameter `leaf` of every module, for its own operators: a tied one is one parameter per path."""
+    found, sites, layers = Held(program), program.sites(), find_sites(program).operators
+    for path in program.module_paths():
+        operators: dict[Node, set[Node]] = {}
+        for layer in layers.get(path, ()):
+            operators.setdefault(layer.weight if leaf == "weight" else layer.bias or layer.node, set()).add(layer.node)
+        for node in sites.get(path, ()):
+            for held in node.all_input_nodes if node.target not in FORMS else ():
+                if held.op == "get_attr" and str(held.target) == f"{path}.{leaf}":
+                    operators.setdefault(held, set()).add(node)
+        values = [
+            Value(held, frozenset(users), frozenset(users)) for held, users in operators.items()
+            if held.op == "get_attr" and held.meta["val"].is_floating_point()
+        ]  # fmt: skip
+        if values:
+            found.operators[path] = values
     return found
 
 

@@ -21,7 +21,7 @@ from .._adapters import SPLICE, describe, parameter_name
 from .._operators import aten
 from ._methods import make
 from ._parameters import Parameter, Source
-from ._sites import Chain, Operands, Results, Value, find_operands, find_results, resolve
+from ._sites import Chain, Offers, Operands, Results, Value, find_operands, find_parameters, find_results, resolve
 
 Place = tuple[Value, Value]
 """What a module reads, and what its result takes the place of."""
@@ -82,7 +82,11 @@ class _Garden:
         Raises:
             PlanError: there is none; a head has several; or a step changes what another removes.
         """
-        offers = self.results if step.on == "output" else self.operands
+        offers: Offers = self.operands
+        if step.on == "output":
+            offers = self.results
+        elif step.on in ("weight", "bias"):
+            offers = find_parameters(self.program, step.on)
         taken, refused = resolve(offers, step, index)
         for path, reason in refused.items():
             self.ctx.ledger.add(
@@ -93,20 +97,24 @@ class _Garden:
                 f"steps[{index}].at: {step.at!r} names {', '.join(taken)}, but a head reads one value",
                 where=step.name, hint="name the others in taps",
             )  # fmt: skip
-        return {path: self._at(step, path) for path in taken}
+        return {path: self._at(step, path, offers) for path in taken}
 
-    def _at(self, step: Grafted, path: str) -> list[Place]:
-        if step.on == "input":
-            return [(value, value) for value in self.operands.operators[path]]
+    def _at(self, step: Grafted, path: str, offers: Offers) -> list[Place]:
+        if step.on in ("input", "weight", "bias"):
+            return [(value, value) for value in offers.operators[path]]
         results = self.results.operators.get(path, [])
         if len({value.body for value in results}) < len(results):
             raise PlanError(f"{path} returns several tensors", where=step.name, hint="name a module that returns one")
         if isinstance(step, Head) and len(results) > 1:
             raise PlanError(f"{path} runs {len(results)} times, but a head reads one value", where=step.name)
-        if step.on == "output":
+        if step.on == "output" and step.read == "value":
             return [(value, value) for value in results]
-        _refuse_others(self.program, self.ctx, step, path)
-        return list(zip(self.operands.operators[path], results, strict=True))
+        if step.on == "module":
+            _refuse_others(self.program, self.ctx, step, path)
+        given = self.operands.operators.get(path, [])
+        if len(given) != len(results):
+            raise PlanError(f"{path} is not given one floating tensor per call", where=step.name)
+        return list(zip(given, results, strict=True))
 
     def end(self, value: Value) -> Node:
         """What those who read `value` read by now."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any, ClassVar
@@ -15,6 +15,7 @@ from fxfreeze.constants import lift
 from fxfreeze.program import Program, first_line, is_effectful, is_operator, is_random, lifted_call
 from fxfreeze.rewrite import Context, NoMatch, Pass, fail
 
+from .._adapters import SPLICE
 from .._operators import FORMS
 
 aten = torch.ops.aten
@@ -53,11 +54,15 @@ class FoldConstants(Pass):
     name, stage = "fold-constants", "clean"
     spare_addressed: ClassVar[bool] = True
 
+    def may_fold(self, node: Node) -> bool:
+        """Whether `node` trains no more: not what a step put there."""
+        return "fxfreeze" not in node.meta
+
     def run(self, program: Program, ctx: Context) -> int:
         globs = ctx.plan.patterns if self.spare_addressed else []
         spared = {node for path, nodes in program.sites().items() for node in nodes
                   if node.target in FORMS and any(fnmatchcase(path, glob) for glob in globs)}  # fmt: skip
-        known = _constant_nodes(program, spared)
+        known = _constant_nodes(program, spared, self.may_fold)
         budget, count = Budget.of(program), 0
         # Backwards: what cannot be folded leaves its operands to be folded in its place.
         for node in reversed(list(program.graph.nodes)):
@@ -109,12 +114,17 @@ class FoldLateConstants(FoldConstants):
     name, stage = "fold-late-constants", "fold"
     spare_addressed = False
 
+    def may_fold(self, node: Node) -> bool:
+        """Not what the fold of an adapter left, with its reasons."""
+        origin = node.meta.get("fxfreeze")
+        return origin is None or origin.primitive == SPLICE
 
-def _constant_nodes(program: Program, spared: set[Node]) -> set[Node]:
+
+def _constant_nodes(program: Program, spared: set[Node], may_fold: Callable[[Node], bool]) -> set[Node]:
     """Operators computed from constants alone, at sizes that are known."""
     known: set[Node] = set()
     for node in program.graph.nodes:
-        if node.op != "call_function" or node in spared or "fxfreeze" in node.meta or not _is_foldable(node):
+        if node.op != "call_function" or node in spared or not may_fold(node) or not _is_foldable(node):
             continue
         if all(operand.op == "get_attr" or operand in known for operand in node.all_input_nodes):
             known.add(node)

@@ -55,6 +55,12 @@ class StripNoOps(Pass):
         return count
 
 
+class StripLateNoOps(StripNoOps):
+    """The same in what the plan's steps put in, once it does not train any more."""
+
+    name, stage = "strip-late-noops", "freeze"
+
+
 def unchanged_operand(node: Node) -> Node | None:
     """The operand that `node` returns as it is (values, shape, dtype, device), or None."""
     operand = _first_operand(node)

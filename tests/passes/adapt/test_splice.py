@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import fxfreeze as fz
+from fxfreeze.api import rewrite
 from fxfreeze.errors import CaptureError, PlanError
 
 INPUT = [fz.Input("x", shape=("batch", 8))]
@@ -86,6 +87,59 @@ def test_in_front_of_a_module_and_in_its_place() -> None:
     assert "2.weight" not in net.origins.program.state
 
 
+def test_a_branch_beside_a_module() -> None:
+    model, module, x = network(), nn.Linear(16, 12), torch.randn(5, 8)
+    net = adapted(fz.Splice(module, at="2", read="input", how="add"), model=model)
+    h = model[:2](x)
+    same(net(x), model[3:](model[2](h) + module(h)))
+
+
+class Scaled(nn.Module):
+    """A weight out of the weight and a vector of conditions, as a hypernetwork writes it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.condition = nn.Buffer(torch.tensor([0.3, 0.7]))
+        self.write = nn.Linear(2, 16)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight * self.write(self.condition)
+
+
+def test_a_parameter_written_by_a_network_is_constant_in_the_end() -> None:
+    model, module, x = network(), Scaled(), torch.randn(5, 8)
+    net = adapted(fz.Splice(module, at="2", on="weight"), model=model)
+    expected = model[3:](model[:2](x) @ (model[2].weight * module.write(module.condition)).T + model[2].bias)
+    same(net(x), expected)
+    net(x).sum().backward()
+    assert all(value.grad is not None for value in net.parameters())
+    artifact = fz.compile(net, net.plan)
+    same(artifact(x), expected)
+    graph = rewrite(net, net.plan).program.graph
+    operators = [str(node.target) for node in graph.nodes if node.op == "call_function"]
+    assert operators == ["aten.linear.default", "aten.relu.default", "aten.linear.default", "aten.gelu.default",
+                         "aten.linear.default"]  # fmt: skip
+
+
+def test_of_a_tied_parameter_only_the_use_at_the_path_changes() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.head = nn.Embedding(9, 8), nn.Linear(8, 9, bias=False)
+            self.head.weight = self.embed.weight
+
+        def forward(self, ids: Tensor) -> Tensor:
+            return self.head(self.embed(ids))
+
+    model, ids = Tied().eval(), torch.randint(0, 9, (2, 3))
+    inputs = [fz.Input("ids", ("batch", 3), "int64")]
+    for path in ("embed", "head"):
+        net = adapted(fz.Splice(nn.Softsign(), at=path, on="weight"), model=model, inputs=inputs)
+        weights = dict.fromkeys(("embed", "head"), model.embed.weight)
+        weights[path] = nn.functional.softsign(model.embed.weight)
+        same(net(ids), nn.functional.embedding(ids, weights["embed"]) @ weights["head"].T)
+
+
 def test_the_callers_module_stays_as_it_was_and_the_net_trains_a_copy() -> None:
     module = Bottleneck(16)
     before = {name: value.clone() for name, value in module.state_dict().items()}
@@ -144,6 +198,13 @@ def test_beside_a_lora_and_a_gate() -> None:
     h = torch.relu(model[0](x) + x @ delta.T)
     h = h * (h > 0.5)  # the gate acts on what the module runs, the splice on what it returns
     same(artifact(x), model[2:](h + module(h)))
+
+
+def test_what_means_nothing_is_gone_after_training() -> None:
+    module = nn.Sequential(nn.Dropout(0.5), nn.Linear(16, 16), nn.Identity())
+    net = adapted(fz.Splice(module, at="1"))
+    assert "dropout" in str(net.program())
+    assert "dropout" not in str(rewrite(net, net.plan).program)
 
 
 # ---- taps and selects
@@ -279,6 +340,7 @@ def test_weights_come_from_a_file(tmp_path: Path) -> None:
         ({"module": nn.ReLU(), "arguments": {"a": 1}}, "this one is made already"),
         ({"module": nn.ReLU(), "scale": 2.0}, "has a meaning with how='add' only"),
         ({"module": nn.ReLU(), "how": "add", "on": "module"}, "must be 'replace' where f takes the module's place"),
+        ({"module": nn.ReLU(), "on": "input", "read": "input"}, "must be 'value' with on='input'"),
         ({"module": nn.ReLU(), "select": "task"}, "are given together, or not at all"),
         ({"module": nn.ReLU(), "select": "task", "tasks": 2, "taps": {"task": "0"}}, "it need not be tapped"),
     ],
