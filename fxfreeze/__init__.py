@@ -22,7 +22,7 @@ from .errors import (
     PlanError,
     ProofError,
 )
-from .plan import IA3, Dim, DoRA, Gate, Head, Input, LoRA, Plan, Splice, Tversky
+from .plan import IA3, Dim, DoRA, Gate, Head, Input, LoRA, Plan, Splice, Tap, Tversky
 
 __all__ = [
     "IA3",
@@ -44,6 +44,7 @@ __all__ = [
     "PlanError",
     "ProofError",
     "Splice",
+    "Tap",
     "Tversky",
     "__version__",
     "adapt",

@@ -89,6 +89,9 @@ class AdaptedModule(nn.Module):
     or training it never changes them. ``train()`` and ``eval()`` make no difference: the model was captured for
     inference, with dropout gone and batch-norm fixed, and trains that way.
 
+    After a call, :attr:`tapped` holds what the plan's :class:`~fxfreeze.Tap` steps saw in it: ``<step>.<module path>``
+    → tensor, with its gradient.
+
     It runs on the device it was captured on; a graph that makes tensors of its own would not follow a ``.to(device)``.
     """
 
@@ -102,6 +105,7 @@ class AdaptedModule(nn.Module):
         self._constants: list[tuple[nn.Module, str]] = []
         self._homes: dict[str, tuple[nn.Module, str]] = {}
         self._settings: dict[str, tuple[nn.Module, str]] = {}
+        self.tapped: dict[str, Tensor] = {}
         for position, (name, dtype) in enumerate(names.items()):
             value = program.state[name].detach().to(dtype)
             if name in trainable:
@@ -123,7 +127,9 @@ class AdaptedModule(nn.Module):
         flat = flatten_inputs([spec.name for spec in program.inputs], args, kwargs, error=PlanError)
         check_inputs(program.inputs, program.dims, flat, error=PlanError)
         constants = [getattr(owner, leaf) for owner, leaf in self._constants]
-        return build(program.structure, self.body(*constants, *flat))
+        results = self.body(*constants, *flat)
+        self.tapped = dict(zip(program.taps, results[len(program.outputs) :], strict=True))
+        return build(program.structure, results)
 
     @property
     def reference(self) -> GraphModule:
@@ -138,6 +144,7 @@ class AdaptedModule(nn.Module):
             PlanError: an adapter holds NaN or Inf.
         """
         program = self.origins.program.clone()
+        program.untap()
         for name, value in (self.adapter_state() | self._setting_state()).items():
             old = program.state[name]
             weights.check(name, value, old.shape, "the adapted module")

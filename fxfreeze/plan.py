@@ -574,7 +574,17 @@ class Head(_AnyModule):
         yield from _repeats("outputs[{}]", self.outputs or ())
 
 
-STEPS: tuple[type[Step], ...] = (LoRA, DoRA, IA3, Tversky, Gate, Splice, Head)
+class Tap(Step):
+    """What modules return, for a loss: an adapted module has it in ``net.tapped`` after a call, artifacts know nothing
+    of it.
+
+    An output that stays is ``fz.Head("torch.nn:Identity", at=...)``.
+    """
+
+    kind: Literal["tap"] = Field(default="tap", description="A value to train on.", kw_only=True)
+
+
+STEPS: tuple[type[Step], ...] = (LoRA, DoRA, IA3, Tversky, Gate, Splice, Head, Tap)
 """Every step a plan can hold. A new step class is added here and nowhere else."""
 
 if TYPE_CHECKING:

@@ -112,6 +112,7 @@ class Program:
         structure: JSON description of how flat outputs nest (see :mod:`fxfreeze.binding`).
         dims: smallest and largest size (None: unbounded) of every symbolic dim.
         folds: adapters folded into a constant whose rounding has not been measured yet.
+        taps: names of what is returned behind the outputs while it trains; no part of `structure`.
     """
 
     graph: Graph
@@ -121,6 +122,7 @@ class Program:
     structure: dict[str, Any]
     dims: dict[str, tuple[int, int | None]] = field(default_factory=dict)
     folds: dict[str, Fold] = field(default_factory=dict)
+    taps: tuple[str, ...] = ()
 
     # ------------------------------------------------------------------ reading
 
@@ -290,6 +292,8 @@ class Program:
 
     def add_outputs(self, found: Mapping[str, Node]) -> None:
         """Return more: a dict gets more keys, a tuple or list more items; one tensor becomes a tuple."""
+        if self.taps:
+            raise PassError("outputs are added before taps")
         count, structure = len(self.outputs), dict(self.structure)
         leaves = {name: {"kind": "tensor", "index": count + number} for number, name in enumerate(found)}
         if structure["kind"] == "dict":
@@ -298,9 +302,23 @@ class Program:
             structure["items"] = [*structure["items"], *leaves.values()]
         else:
             structure = {"kind": "tuple", "items": [structure, *leaves.values()]}
-        end, results = self.graph.output_node(), (*self.output_nodes, *found.values())
-        end.args, end.meta["val"] = (results,), tuple(node.meta["val"] for node in results)
+        self._return((*self.output_nodes, *found.values()))
         self.outputs, self.structure = (*self.outputs, *found), structure
+
+    def tap(self, found: Mapping[str, Node]) -> None:
+        """Return more behind the outputs, until :meth:`untap`."""
+        self._return((*self.output_nodes, *found.values()))
+        self.taps = (*self.taps, *found)
+
+    def untap(self) -> None:
+        """Return the outputs alone, and drop what nothing else reads."""
+        self._return(self.output_nodes[: len(self.outputs)])
+        self.taps = ()
+        self.sweep()
+
+    def _return(self, results: tuple[Node, ...]) -> None:
+        end = self.graph.output_node()
+        end.args, end.meta["val"] = (results,), tuple(node.meta["val"] for node in results)
 
     def sweep(self) -> int:
         """Remove operators nothing reads and constants nothing names; the number of operators removed."""
@@ -325,8 +343,9 @@ class Program:
             new.meta = dict(old.meta)
         output.meta = dict(self.graph.output_node().meta)
         return Program(
-            graph, self.state.copy(), self.inputs, self.outputs, self.structure, dict(self.dims), dict(self.folds)
-        )
+            graph, self.state.copy(), self.inputs, self.outputs, self.structure, dict(self.dims), dict(self.folds),
+            self.taps,
+        )  # fmt: skip
 
     def _unique_name(self, name: str) -> str:
         candidate, count = name, 1
@@ -405,8 +424,8 @@ class Program:
             results = node.args[0]
             if not isinstance(results, list | tuple) or not all(isinstance(item, Node) for item in results):
                 return "the output is not a flat tuple of nodes"
-            if len(results) != len(self.outputs):
-                return f"{len(results)} results for {len(self.outputs)} declared outputs"
+            if len(results) != len(self.outputs) + len(self.taps):
+                return f"{len(results)} results for {len(self.outputs) + len(self.taps)} declared outputs"
             return None
         if node.op not in ("placeholder", "get_attr", "call_function"):
             return f"{node.op} has no place in a Program"

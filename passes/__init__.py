@@ -10,6 +10,7 @@ from fxfreeze.rewrite import Pass
 from .adapt.delta import InsertDelta
 from .adapt.gate import InsertGates
 from .adapt.splice import InsertSplice
+from .adapt.tap import InsertTaps
 from .adapt.tversky import InsertTversky
 from .clean.attention import FourDimAttention
 from .clean.common import CommonSubexpressions
@@ -43,6 +44,7 @@ PIPELINE: tuple[Pass, ...] = (
     InsertDelta(),
     InsertSplice(),
     InsertGates(),
+    InsertTaps(),
     # freeze: what only trains
     StripLateNoOps(),
     Harden(),

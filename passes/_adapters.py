@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from fxfreeze.plan import IA3, DoRA, Gate, Head, LoRA, Splice, Step, Tversky
+from fxfreeze.plan import IA3, DoRA, Gate, Head, LoRA, Splice, Step, Tap, Tversky
 from fxfreeze.program import ADAPTERS
 
 from ._operators import WeightOperator
@@ -47,6 +47,8 @@ def describe(step: Step) -> str:
     if isinstance(step, Splice | Head):
         name = step.module if isinstance(step.module, str) else type(step.module).__name__
         return f"{name} as a head" if isinstance(step, Head) else f"{name}: {step.how} {step.on}"
+    if isinstance(step, Tap):
+        return "tap while it trains"
     return f"IA3 on the {step.side}put" if isinstance(step, IA3) else type(step).__name__
 
 

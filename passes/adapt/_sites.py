@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from itertools import count
 from typing import Any, ClassVar
 
 import torch
@@ -329,3 +330,13 @@ def _covered(path: str, adaptable: Iterable[str], taken: Iterable[str]) -> bool:
 
 def _some(names: list[str]) -> str:
     return ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
+
+
+def numbered(found: dict[str, list[Value]]) -> dict[str, Value]:
+    """A name per value; no number is used that makes the name of another path."""
+    sites: dict[str, Value] = {}
+    for path, values in found.items():
+        numbers = (number for number in count() if f"{path}.{number}" not in found)
+        names = [path] if len(values) == 1 else [f"{path}.{number}" for number, _ in zip(numbers, values, strict=False)]
+        sites |= dict(zip(names, values, strict=True))
+    return sites

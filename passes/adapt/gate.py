@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable
-from itertools import count
 from typing import Any
 
 import torch
@@ -23,7 +22,7 @@ from fxfreeze.rewrite import Context, Pass
 from .._adapters import GATE, describe, parameter_name
 from .._operators import WeightOperator, aten, weight_operator
 from ._parameters import Parameter, Source, parameter_dtype
-from ._sites import Chain, Value, find_activations, find_results, resolve
+from ._sites import Chain, Value, find_activations, find_results, numbered, resolve
 
 _WIDTHS = 4
 """Temperatures between a gate's threshold and the least value, when training starts: σ(4) = 0.98."""
@@ -61,7 +60,7 @@ class InsertGates(Pass):
         taken: list[tuple[Gate, dict[str, Value]]] = []
         for index, step in steps:
             paths, refused = resolve(offers[step.on], step, index)
-            taken.append((step, _numbered({path: offers[step.on].operators[path] for path in paths})))
+            taken.append((step, numbered({path: offers[step.on].operators[path] for path in paths})))
             for path, reason in refused.items():
                 ctx.ledger.add(
                     site=path, step=step.name, requested=describe(step), outcome="refused", detail=f"{path} {reason}"
@@ -75,16 +74,6 @@ class InsertGates(Pass):
                 _insert(program, ctx, value, chain, dims.get(value.node, frozenset()), step, site, source)
             source.finish()
         return sum(len(values) for _, values in taken)
-
-
-def _numbered(found: dict[str, list[Value]]) -> dict[str, Value]:
-    """A name per value; no number is used that makes the name of another path."""
-    sites: dict[str, Value] = {}
-    for path, values in found.items():
-        numbers = (number for number in count() if f"{path}.{number}" not in found)
-        names = [path] if len(values) == 1 else [f"{path}.{number}" for number, _ in zip(numbers, values, strict=False)]
-        sites |= dict(zip(names, values, strict=True))
-    return sites
 
 
 def _insert(

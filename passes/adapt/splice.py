@@ -137,10 +137,11 @@ class _Garden:
             operands = _cast(self.program, operands, _dtype(module), before, origin)
             found = scion(self.program, module, operands, path)
             constants = constants or self._constants(step, found, origin, source)
+            # What a head computes is the model's, and nothing that its site returns.
+            like = self.program.graph.output_node() if isinstance(step, Head) else replaced.node
             made = graft(
-                self.program, found, list(operands.values()), constants, before=before, like=replaced.node,
-                origin=origin,
-            )  # fmt: skip
+                self.program, found, list(operands.values()), constants, before=before, like=like, origin=origin
+            )
             operators += len(made.nodes)
             if isinstance(step, Head):
                 _put_out(self.program, step, made, origin)
