@@ -2,15 +2,31 @@
 
 from __future__ import annotations
 
+from .bayescap import (
+    BayesCap,
+    calibration_error,
+    cap_loss,
+    coverage_error,
+    log_variance,
+    negative_log_likelihood,
+    variance,
+)
 from .gate import Firing, Gate, TemperatureSchedule, firing
 from .tversky import TverskyProjection, TverskySimilarity, class_means
 
 __all__ = [
+    "BayesCap",
     "Firing",
     "Gate",
     "TemperatureSchedule",
     "TverskyProjection",
     "TverskySimilarity",
+    "calibration_error",
+    "cap_loss",
     "class_means",
+    "coverage_error",
     "firing",
+    "log_variance",
+    "negative_log_likelihood",
+    "variance",
 ]
