@@ -8,7 +8,11 @@ kind.
 What hangs on them is found by running the program in float64 with every >, ≥, < and ≤ of floats shifted by its margin,
 all up, all down, and in a few more runs half of them up and half down, and looking where the outputs move: two gates
 that rounding opens together may cancel, and one alone does not. A margin is several times the rounding that was
-measured at the comparison. Other jumps (==, sign, round, top-k) are not looked at.
+measured at the comparison.
+
+A top-k jumps, too: as comparisons of every value that it picks, and of the first that it does not, with the next
+smaller one. Shifting all values alike would turn none of them, so neighbours are shifted against each other. Other
+jumps (==, sign, round, argmax, sort) are not looked at.
 """
 
 from __future__ import annotations
@@ -28,6 +32,7 @@ from .program import Program
 from .proof import MASK, checked_run, relative_error
 
 COMPARISONS = frozenset({"gt", "ge", "lt", "le", "greater", "greater_equal", "less", "less_equal"})
+TOP = torch.ops.aten.topk.default
 
 _ROUNDINGS = 16.0
 """Margin in mean roundings of a row. The largest of 50 million errors with a normal distribution is 7 mean ones."""
@@ -109,7 +114,7 @@ def slacks(program: Program, inputs: Sequence[Tensor]) -> tuple[Slack | None, ..
 def _shifted(
     program: Program, inputs: Sequence[Tensor], margins: Sequence[Tensor], sign: float, seed: int | None = None
 ) -> tuple[Tensor, ...]:
-    with _Comparisons(_shift(margins, sign, seed)):
+    with _Comparisons(_shift(margins, sign, seed), _shift_neighbours):
         return checked_run(program, inputs, "capture")
 
 
@@ -118,20 +123,45 @@ def decides(program: Program) -> bool:
     operators = references()
     return any(
         node.op == "call_function"
-        and (node.target in operators or (_compares(node.target) and any(map(_may_float, node.all_input_nodes))))
+        and (node.target in operators or (_decides(node.target) and any(map(_may_float, node.all_input_nodes))))
         for node in program.graph.nodes
     )
+
+
+Change = Callable[[Tensor, Any], Tensor]
+Neighbours = Callable[[Change, Tensor, Tensor, int], Tensor]
+
+
+def _compare_neighbours(change: Change, values: Tensor, order: Tensor, count: int) -> Tensor:
+    """Each of the first `count` values in this order with the next one."""
+    ranked = values.gather(-1, order)[..., : count + 1]
+    change(ranked[..., :-1], ranked[..., 1:])
+    return values
+
+
+def _shift_neighbours(change: Change, values: Tensor, order: Tensor, count: int) -> Tensor:
+    """The last value that is picked goes down and the first that is not up, or the other way, and so on by turns."""
+    pairs = min(count, values.shape[-1] - 1)
+    offset = change(torch.zeros_like(values[..., :pairs]), None)
+    if pairs < 1:
+        return values
+    rank = torch.arange(values.shape[-1], device=values.device)
+    against = 1.0 - 2.0 * ((rank - pairs) % 2)
+    return values.scatter_add(-1, order, offset[..., rank.clamp(max=pairs - 1)] * against)
 
 
 class _Comparisons(TorchDispatchMode):
     """Gives the left side of every comparison of floats to `change`, and compares what that returns.
 
+    Of a top-k, `neighbours` is given `change`, what it picks from along the last dim, the best first order of that, and
+    how many it picks; it returns what to pick from instead. What is picked keeps its own value.
+
     Operators of ours run as their reference, so that the comparisons inside are seen as well.
     """
 
-    def __init__(self, change: Callable[[Tensor, Any], Tensor]) -> None:
+    def __init__(self, change: Change, neighbours: Neighbours = _compare_neighbours) -> None:
         super().__init__()
-        self._change, self._references = change, references()
+        self._change, self._neighbours, self._references = change, neighbours, references()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -142,7 +172,18 @@ class _Comparisons(TorchDispatchMode):
             dtype = torch.result_type(*args[:2])
             left, right = (side.to(dtype) if isinstance(side, Tensor) else side for side in args[:2])
             return func(self._change(left, right), right, *args[2:], **kwargs)
+        if func is TOP and args[0].is_floating_point() and args[0].dim():
+            return self._pick(*args, **kwargs)
         return func(*args, **kwargs)
+
+    def _pick(self, values: Tensor, k: int, dim: int = -1, largest: bool = True, sorted: bool = True) -> Any:
+        moved = values.movedim(dim, -1)
+        order = torch.argsort(moved, dim=-1, descending=largest, stable=True)
+        instead = self._neighbours(self._change, moved, order, k)
+        if instead is moved:
+            return TOP(values, k, dim, largest, sorted)
+        indices = TOP(instead, k, -1, largest, sorted)[1]
+        return moved.gather(-1, indices).movedim(-1, dim), indices.movedim(-1, dim)
 
 
 def _compares(target: Any) -> bool:
@@ -151,6 +192,10 @@ def _compares(target: Any) -> bool:
         and target.namespace == "aten"
         and target._schema.name.partition("::")[2] in COMPARISONS
     )
+
+
+def _decides(target: Any) -> bool:
+    return target is TOP or _compares(target)
 
 
 def _may_float(node: Any) -> bool:

@@ -19,6 +19,7 @@ from .clean.gates import RecogniseGates
 from .clean.noops import StripLateNoOps, StripNoOps
 from .clean.shapes import ExplicitShapes
 from .fold.affine import FoldAffine
+from .fold.codebook import FoldCodebook
 from .fold.delta import FoldDelta
 from .fold.gate import FoldGate
 from .fold.row_constants import DropRowConstants
@@ -55,6 +56,7 @@ PIPELINE: tuple[Pass, ...] = (
     FoldLateConstants(),
     FoldGate(),
     FoldAffine(),
+    FoldCodebook(),
     # prune: what no input can reach
     DeadNeurons(),
     # fuse: one call where a compiler sees several; what skips neurons looks for their gate, and so comes first

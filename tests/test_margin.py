@@ -287,3 +287,57 @@ def test_decisions_that_cancel_are_seen_one_by_one() -> None:
     assert slack is not None
     seen = ((slack.low <= -0.3) & (slack.high >= 0.3)).double().mean()
     assert seen >= 0.5
+
+
+# ---- top-k
+
+
+def picking(k, dim=-1, largest=True):
+    """The numbers 1, 2, 4, … of the columns that are picked, added up; x is summed up first, so that it is rounded."""
+
+    def function(x):
+        values = torch.stack([x[:, :3].sum(-1), x[:, 3], x[:, 4]], dim)
+        ids = values.topk(k, dim, largest).indices
+        return (2.0**ids).sum(dim)
+
+    return captured(Body(function), width=5)[0]
+
+
+def row(*values):
+    """Of which the first three add up to 2⁻²⁶."""
+    return torch.tensor([1.0, 2.0**-26, -1.0, *values])
+
+
+@pytest.mark.parametrize("dim", [-1, 0])
+@pytest.mark.parametrize("k, largest, moves", [(1, True, False), (2, True, True), (1, False, True), (3, True, False)])
+def test_what_is_picked_where_two_are_as_good(k, largest, moves, dim):
+    """0 and 2⁻²⁶ beside 1: which of the two is the larger is decided in rounding; beside −1 it does not matter."""
+    program = picking(k, dim, largest)
+    assert bool(masks(program, row(0.0, 1.0)).any()) is moves
+    assert not masks(program, row(0.5, 1.0)).any()
+
+
+def test_a_top_k_that_is_not_close_is_not_run_again():
+    assert decides(picking(1))
+    assert slacks(picking(1), [torch.stack([row(0.5, 1.0)])]) == (None,)
+
+
+def test_the_order_of_what_is_picked():
+    program, _ = captured(Body(lambda x: torch.stack([x[:, :3].sum(-1), x[:, 3]], -1).topk(2).indices), width=4)
+    assert masks(program, row(0.0)).all() and not masks(program, row(0.5)).any()
+
+
+def test_values_that_are_picked_are_as_they_were():
+    program, _ = captured(Body(lambda x: torch.stack([x[:, :3].sum(-1), x[:, 3]], -1).topk(1).values), width=4)
+    assert not masks(program, row(0.0), row(1.0)).any()
+
+
+def test_every_candidate_may_be_picked():
+    program, _ = captured(Body(lambda x: (x[:, :1] + x[:, 1:] - x[:, :1]).topk(1).indices), width=4)
+    (slack,) = slacks(program, [torch.tensor([[1.0, 0.0, 2.0**-26, 2.0**-27]])])
+    assert slack.high.item() == 2.0 or slack.low.item() == -2.0 or float(slack.high - slack.low) >= 1
+
+
+def test_equal_in_every_dtype_is_decided():
+    program, _ = captured(Body(lambda x: x.relu().topk(2).values.sum(-1)), width=4)
+    assert not masks(program, -torch.ones(4)).any()

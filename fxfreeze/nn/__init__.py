@@ -11,11 +11,13 @@ from .bayescap import (
     negative_log_likelihood,
     variance,
 )
+from .codebook import Codebook
 from .gate import Firing, Gate, TemperatureSchedule, firing
 from .tversky import TverskyProjection, TverskySimilarity, class_means
 
 __all__ = [
     "BayesCap",
+    "Codebook",
     "Firing",
     "Gate",
     "TemperatureSchedule",
