@@ -26,6 +26,7 @@ from .fold.row_constants import DropRowConstants
 from .fold.tversky import FoldTversky
 from .freeze.harden import Harden
 from .fuse.gated_linear import FuseGatedLinear
+from .fuse.parallel import MergeParallel
 from .fuse.sparse_down import SparseDown
 from .lower.gates import InlineGates
 from .lower.merge import MergeConstants
@@ -59,9 +60,11 @@ PIPELINE: tuple[Pass, ...] = (
     FoldCodebook(),
     # prune: what no input can reach
     DeadNeurons(),
-    # fuse: one call where a compiler sees several; what skips neurons looks for their gate, and so comes first
+    # fuse: one call where a compiler sees several; what skips neurons looks for their gate, and so comes
+    # first, and what is in a stack is found by nobody
     SparseDown(),
     FuseGatedLinear(),
+    MergeParallel(),
     # lower: plain operators, and constants as they are stored
     InlineGates(),
     MergeConstants(),

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import fxfreeze as fz
-from fxfreeze import Input, Plan
+from fxfreeze import Input, Plan, margin
 from fxfreeze.capture import capture, check_capture
 from fxfreeze.errors import CaptureError, EmitError
 from fxfreeze.margin import Slack, decides, slacks
@@ -328,6 +328,10 @@ def test_the_order_of_what_is_picked():
 
 
 def test_values_that_are_picked_are_as_they_were():
+    values = torch.tensor([[3.0, 1.0, 2.5, 0.0]]).double()
+    with margin._Comparisons(lambda left, right: left + 1.0, margin._shift_neighbours):
+        picked, ids = values.topk(1)
+    assert ids.item() == 2 and picked.item() == 2.5
     program, _ = captured(Body(lambda x: torch.stack([x[:, :3].sum(-1), x[:, 3]], -1).topk(1).values), width=4)
     assert not masks(program, row(0.0), row(1.0)).any()
 

@@ -12,12 +12,14 @@ from .bayescap import (
     variance,
 )
 from .codebook import Codebook
+from .dendrites import Dendrites
 from .gate import Firing, Gate, TemperatureSchedule, firing
 from .tversky import TverskyProjection, TverskySimilarity, class_means
 
 __all__ = [
     "BayesCap",
     "Codebook",
+    "Dendrites",
     "Firing",
     "Gate",
     "TemperatureSchedule",
