@@ -584,7 +584,39 @@ class Tap(Step):
     kind: Literal["tap"] = Field(default="tap", description="A value to train on.", kw_only=True)
 
 
-STEPS: tuple[type[Step], ...] = (LoRA, DoRA, IA3, Tversky, Gate, Splice, Head, Tap)
+class Prompt(Step):
+    """Trained vectors in front of every sequence (prompt tuning, Lester et al. 2021, arXiv 2104.08691).
+
+    The model then runs on sequences that are longer by `tokens`, as if it were called with ``inputs_embeds`` of prompt
+    and tokens and with an attention mask of ones in front: positions count from the prompt's first vector. The longest
+    sequence it takes is shorter by as much, where positions are looked up in a table.
+
+    It does not start as the identity: no vectors would.
+    """
+
+    kind: Literal["prompt"] = Field(default="prompt", description="Trained vectors before the tokens.", kw_only=True)
+    tokens: Count = Field(description="Number P of vectors; their width is the embedding's.")
+    keep: Literal["all", "tokens"] = Field(
+        default="all",
+        description="Outputs with a dim of the sequence: with the prompt's P rows in front, or without them.",
+    )
+    start: Literal["vocabulary", "random"] = Field(
+        default="vocabulary",
+        description="Where the vectors start: rows of the embedding, or normal with its deviation.",
+    )
+    fill: dict[str, Number] = Field(
+        default_factory=dict,
+        description="What stands at the prompt's positions of an input with the sequence's dim, by the input's name. "
+        "Masks of integers and bools are filled with 1, token types with 0; other inputs must be told.",
+    )
+    weights: Weights | None = Field(
+        default=None,
+        description="Path of a safetensors file with the trained vectors, relative to the plan's folder; a file that "
+        "peft's prompt tuning saved will do.",
+    )
+
+
+STEPS: tuple[type[Step], ...] = (LoRA, DoRA, IA3, Tversky, Gate, Splice, Head, Tap, Prompt)
 """Every step a plan can hold. A new step class is added here and nowhere else."""
 
 if TYPE_CHECKING:

@@ -9,6 +9,7 @@ from fxfreeze.rewrite import Pass
 
 from .adapt.delta import InsertDelta
 from .adapt.gate import InsertGates
+from .adapt.prompt import InsertPrompt
 from .adapt.splice import InsertSplice
 from .adapt.tap import InsertTaps
 from .adapt.tversky import InsertTversky
@@ -41,7 +42,8 @@ PIPELINE: tuple[Pass, ...] = (
     FoldConstants(),
     FourDimAttention(),
     RecogniseGates(),
-    # adapt: put the plan's adapters in
+    # adapt: put the plan's adapters in; a prompt first, since it changes the shapes that the others look at
+    InsertPrompt(),
     InsertTversky(),
     InsertDelta(),
     InsertSplice(),

@@ -9,14 +9,24 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from fxfreeze.plan import IA3, DoRA, Gate, Head, LoRA, Splice, Step, Tap, Tversky
+from fxfreeze.plan import IA3, DoRA, Gate, Head, LoRA, Prompt, Splice, Step, Tap, Tversky
 from fxfreeze.program import ADAPTERS
 
 from ._operators import WeightOperator
 
-BASE, DELTA, HEAD, GATE, SPLICE = "BASE", "DELTA", "HEAD", "GATE", "SPLICE"
-"""`Origin.primitive` of the operator whose weight a site's steps change, of everything they put around it, of what
-takes the operator's place, of a gate, and of a module that was grafted."""
+# What `Origin.primitive` says of a node: …
+BASE = "BASE"
+"""… the operator whose weight a site's steps change,"""
+DELTA = "DELTA"
+"""… everything they put around it,"""
+HEAD = "HEAD"
+"""… what takes the operator's place,"""
+GATE = "GATE"
+"""… a gate,"""
+SPLICE = "SPLICE"
+"""… part of a module that was grafted,"""
+TOKENS = "TOKENS"
+"""… the parameters of trained tokens: what is computed of them hangs on constants alone, and folds as others do."""
 
 DeltaStep = LoRA | DoRA | IA3
 """Steps that change the weight of one operator."""
@@ -49,6 +59,8 @@ def describe(step: Step) -> str:
         return f"{name} as a head" if isinstance(step, Head) else f"{name}: {step.how} {step.on}"
     if isinstance(step, Tap):
         return "tap while it trains"
+    if isinstance(step, Prompt):
+        return f"a prompt of {step.tokens} vectors"
     return f"IA3 on the {step.side}put" if isinstance(step, IA3) else type(step).__name__
 
 

@@ -21,6 +21,7 @@ from fxfreeze.plan import IA3, STEPS, VERSION, Dim, DoRA, Gate, Input, LoRA, Pla
 
 KINDS = ", ".join(str(step.model_fields["kind"].default) for step in STEPS)
 IMAGE = {"name": "x", "shape": ["batch", 3]}
+KINDS = ", ".join(step.model_fields["kind"].default for step in STEPS)
 
 
 def refused(**keys: Any) -> list[str]:

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from fxfreeze import weights
 from fxfreeze.errors import PlanError
-from fxfreeze.plan import IA3, DoRA, Gate, Grafted, Tversky
+from fxfreeze.plan import IA3, DoRA, Step
 from fxfreeze.program import ADAPTERS, SETTINGS
 
 from .._adapters import DeltaStep, parameter_name
@@ -81,12 +81,12 @@ class Source:
         PlanError: the file cannot be read, or says that its step was another one.
     """
 
-    def __init__(self, step: DeltaStep | Tversky | Gate | Grafted, others: Iterable[str]) -> None:
-        self.step, self.file = step, step.weights
+    def __init__(self, step: Step, others: Iterable[str]) -> None:
+        self.step, self.file = step, getattr(step, "weights", None)
         self.stored: dict[str, Tensor] = {}
-        if step.weights is not None:
-            self.stored, metadata = weights.read(step.weights)
-            weights.check_metadata(metadata, [step], step.weights)
+        if self.file is not None:
+            self.stored, metadata = weights.read(self.file)
+            weights.check_metadata(metadata, [step], self.file)
         self._foreign = tuple(f"{prefix}{name}." for name in others for prefix in (ADAPTERS, SETTINGS))
         self._short = f"{ADAPTERS}{step.name}."
         self._asked: list[str] = []
