@@ -22,7 +22,7 @@ from .errors import (
     PlanError,
     ProofError,
 )
-from .plan import IA3, Dim, DoRA, Gate, Head, Input, LoRA, Plan, Prompt, Splice, Tap, Tversky
+from .plan import IA3, Dim, DoRA, Gate, Head, Input, LoRA, Plan, Prefix, Prompt, Splice, Tap, Tversky
 
 __all__ = [
     "IA3",
@@ -42,6 +42,7 @@ __all__ = [
     "PassError",
     "Plan",
     "PlanError",
+    "Prefix",
     "Prompt",
     "ProofError",
     "Splice",

@@ -616,7 +616,35 @@ class Prompt(Step):
     )
 
 
-STEPS: tuple[type[Step], ...] = (LoRA, DoRA, IA3, Tversky, Gate, Splice, Head, Tap, Prompt)
+class Prefix(Step):
+    """Trained keys and values in front of those of an attention (prefix tuning, Li & Liang 2021, arXiv 2101.00190).
+
+    Every query attends to all of them, whatever the mask. With `hidden`, they are computed by a small network while
+    they train, one per site, tanh(E·W₁ + b₁)·W₂ + b₂, and are constants again once compiled.
+
+    It does not start as the identity, unless its file says so.
+    """
+
+    meaning = ("shift",)
+
+    kind: Literal["prefix"] = Field(default="prefix", description="Trained keys and values.", kw_only=True)
+    tokens: Count = Field(description="Number P of keys and of values for each head.")
+    hidden: Count | None = Field(
+        default=None, description="Width of the network that makes keys and values while they train; none if left out."
+    )
+    shift: Flag = Field(
+        default=False,
+        description="Let the tokens' positions begin at P: as if the prefix were earlier tokens, which is what peft's "
+        "prefix tuning trains. Once for the model, whatever the number of sites.",
+    )
+    weights: Weights | None = Field(
+        default=None,
+        description="Path of a safetensors file with the trained keys and values, relative to the plan's folder; a "
+        "file that peft's prefix tuning saved will do, with shift = true and the sites in the order of the layers.",
+    )
+
+
+STEPS: tuple[type[Step], ...] = (LoRA, DoRA, IA3, Tversky, Gate, Splice, Head, Tap, Prompt, Prefix)
 """Every step a plan can hold. A new step class is added here and nowhere else."""
 
 if TYPE_CHECKING:

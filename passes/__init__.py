@@ -9,6 +9,7 @@ from fxfreeze.rewrite import Pass
 
 from .adapt.delta import InsertDelta
 from .adapt.gate import InsertGates
+from .adapt.prefix import InsertPrefix
 from .adapt.prompt import InsertPrompt
 from .adapt.splice import InsertSplice
 from .adapt.tap import InsertTaps
@@ -44,6 +45,7 @@ PIPELINE: tuple[Pass, ...] = (
     RecogniseGates(),
     # adapt: put the plan's adapters in; a prompt first, since it changes the shapes that the others look at
     InsertPrompt(),
+    InsertPrefix(),
     InsertTversky(),
     InsertDelta(),
     InsertSplice(),

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from fxfreeze.plan import IA3, DoRA, Gate, Head, LoRA, Prompt, Splice, Step, Tap, Tversky
+from fxfreeze.plan import IA3, DoRA, Gate, Head, LoRA, Prefix, Prompt, Splice, Step, Tap, Tversky
 from fxfreeze.program import ADAPTERS
 
 from ._operators import WeightOperator
@@ -59,8 +59,11 @@ def describe(step: Step) -> str:
         return f"{name} as a head" if isinstance(step, Head) else f"{name}: {step.how} {step.on}"
     if isinstance(step, Tap):
         return "tap while it trains"
-    if isinstance(step, Prompt):
-        return f"a prompt of {step.tokens} vectors"
+    if isinstance(step, Prompt | Prefix):
+        words = (
+            f"a prompt of {step.tokens} vectors" if isinstance(step, Prompt) else f"a prefix of {step.tokens} tokens"
+        )
+        return words + (f", hidden {step.hidden}" if isinstance(step, Prefix) and step.hidden else "")
     return f"IA3 on the {step.side}put" if isinstance(step, IA3) else type(step).__name__
 
 
