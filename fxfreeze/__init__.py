@@ -22,10 +22,29 @@ from .errors import (
     PlanError,
     ProofError,
 )
-from .plan import IA3, Dim, DoRA, Gate, Head, Input, LoRA, Plan, Prefix, Prompt, Splice, Tap, Tversky
+from .plan import (
+    IA3,
+    OFT,
+    Dim,
+    DoRA,
+    Gate,
+    Head,
+    Input,
+    LoRA,
+    Plan,
+    Prefix,
+    Prompt,
+    Replace,
+    Splice,
+    Tap,
+    Tversky,
+    VeRA,
+    from_peft,
+)
 
 __all__ = [
     "IA3",
+    "OFT",
     "AdaptedModule",
     "Artifact",
     "ArtifactError",
@@ -45,11 +64,14 @@ __all__ = [
     "Prefix",
     "Prompt",
     "ProofError",
+    "Replace",
     "Splice",
     "Tap",
     "Tversky",
+    "VeRA",
     "__version__",
     "adapt",
     "compile",
+    "from_peft",
     "load",
 ]

@@ -84,7 +84,8 @@ class AdaptedModule(nn.Module):
     nested as the model's; a dataclass (and the outputs of transformers) comes back as a dict.
 
     Its parameters are the adapters', named as in adapter files. Temperatures of gates are buffers
-    (``settings.<step>.temperature``), which :class:`fxfreeze.nn.TemperatureSchedule` finds. The model's weights are
+    (``settings.<step>.temperature``), which :class:`fxfreeze.nn.TemperatureSchedule` finds, and so are the frozen
+    matrices of VeRA (``settings.<step>.vera_A``, ``vera_B``). The model's weights are
     buffers that share memory with the model and are not part of :meth:`state_dict`: loading a state, moving the module,
     or training it never changes them. ``train()`` and ``eval()`` make no difference: the model was captured for
     inference, with dropout gone and batch-norm fixed, and trains that way.
@@ -177,7 +178,8 @@ class AdaptedModule(nn.Module):
     @property
     def temperatures(self) -> list[Tensor]:
         """The temperatures of the gates, 0-d, one per step: set them in place."""
-        return [getattr(owner, leaf) for owner, leaf in self._settings.values()]
+        held = [getattr(owner, leaf) for owner, leaf in self._settings.values()]
+        return [value for value in held if not value.ndim]  # VeRA's matrices are settings too
 
     _gate_temperatures = temperatures  # how fxfreeze.nn.TemperatureSchedule tells gates from modules of others
 
@@ -188,8 +190,8 @@ class AdaptedModule(nn.Module):
     # ------------------------------------------------------------------ files
 
     def save_adapters(self, path: str | os.PathLike[str]) -> None:
-        """Write the adapters, and the temperatures of gates, to a safetensors file, in one step; a plan's step can name
-        it as its `weights`.
+        """Write the adapters, the temperatures of gates and the matrices of VeRA to a safetensors file, in one step; a
+        plan's step can name it as its `weights`.
 
         Raises:
             PlanError: the file cannot be written.
@@ -211,7 +213,7 @@ class AdaptedModule(nn.Module):
         settings = {name: getattr(owner, leaf) for name, (owner, leaf) in self._settings.items() if name in stored}
         weights.check_keys([*self._homes, *settings], list(stored), where)
         for name in settings:
-            weights.check_setting(name, stored[name], where)
+            weights.check_setting(name, stored[name], where, settings[name].shape)
         homes = {name: getattr(owner, leaf) for name, (owner, leaf) in self._homes.items()}
         for name, parameter in homes.items():
             weights.check(name, stored[name], parameter.shape, where)

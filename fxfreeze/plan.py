@@ -33,6 +33,7 @@ from pydantic import (
     model_validator,
 )
 
+from .checkpoints import read_steps
 from .errors import PlanError
 from .record import Problem, Record, brief, refusal, suggest
 
@@ -274,7 +275,36 @@ class Step(Record):
         return self
 
 
-class _LowRank(Step):
+class _FromPeft(Step):
+    """A step that a peft checkpoint can hold."""
+
+    @classmethod
+    def from_peft(cls, folder: str | os.PathLike[str]) -> Self:
+        """The one step of this kind that a peft checkpoint is.
+
+        Args:
+            folder: what peft's ``save_pretrained`` wrote. Its weights are read when the plan is compiled.
+
+        Raises:
+            PlanError: the checkpoint is of another kind, is more than one step (:func:`from_peft` returns them all), or
+                cannot be read.
+        """
+        steps = from_peft(folder)
+        kinds = sorted({step.kind for step in steps})
+        if type(steps[0]) is not cls:
+            raise PlanError(
+                f"the checkpoint is of kind {steps[0].kind!r}, not {cls.model_fields['kind'].default!r}",
+                where=os.fspath(folder), hint=f"fxfreeze.{type(steps[0]).__name__}.from_peft reads it",
+            )  # fmt: skip
+        if len(steps) > 1:
+            raise PlanError(
+                f"the checkpoint takes {len(steps)} steps ({', '.join(kinds)}), not one",
+                where=os.fspath(folder), hint="Plan(steps=fxfreeze.from_peft(folder)) has them all",
+            )  # fmt: skip
+        return steps[0]
+
+
+class _LowRank(_FromPeft):
     """Fields and scale that LoRA and DoRA share."""
 
     meaning = ("rank", "scale")
@@ -315,7 +345,7 @@ class DoRA(_LowRank):
     )
 
 
-class IA3(Step):
+class IA3(_FromPeft):
     """A learned gain per feature (Liu et al. 2022)."""
 
     meaning = ("side",)
@@ -329,6 +359,59 @@ class IA3(Step):
         description="Path of a safetensors file with the trained gains, relative to the plan's folder. "
         "Without it all gains are 1.",
     )
+
+
+class VeRA(_FromPeft):
+    """W + diag(λ_b) · B · diag(λ_d) · A, with one random and frozen pair A, B for all layers (Kopiczko et al. 2023).
+
+    A is (rank, most inputs of any layer) and B (most outputs, rank), uniform in ±√(6 / fan in), drawn A first; a layer
+    takes the first columns of A and the first rows of B that it needs, as in peft.
+    """
+
+    meaning = ("rank", "seed")
+
+    kind: Literal["vera"] = Field(default="vera", description="Gains of a random low-rank update.", kw_only=True)
+    rank: Count = Field(description="Rank r: rows of A, columns of B, length of λ_d.")
+    seed: Annotated[int, Strict(), Field(ge=0)] = Field(
+        default=0,
+        description="Seed of A and B (peft's projection_prng_key); a file of weights that holds them overrules it.",
+    )
+    d_initial: Number = Field(default=0.1, description="Where λ_d starts; λ_b starts at 0.")
+    weights: Weights | None = Field(
+        default=None,
+        description="Path of a safetensors file with the trained gains, relative to the plan's folder. "
+        "Without it the adapter starts as an update of zero.",
+    )
+
+
+class OFT(_FromPeft):
+    """W · Rᵀ with R block-diagonal and orthogonal: the inputs rotated, or an embedding's outputs (Qiu et al. 2023).
+
+    A block is the Cayley transform (I − Q)(I + Q)⁻¹ of a skew-symmetric Q, or, with `terms`, a truncated Neumann series
+    of its inverse as peft computes it: I + 2Q + 2Q² + … + Qⁿ⁻¹.
+    """
+
+    meaning = ("block_size", "share", "coft", "eps", "terms")
+
+    kind: Literal["oft"] = Field(default="oft", description="Rotation of the inputs.", kw_only=True)
+    block_size: Annotated[int, Strict(), Field(ge=2)] = Field(
+        description="Features that one block of R mixes; divides the layer's inputs (an embedding's outputs)."
+    )
+    share: Flag = Field(default=False, description="One block for all groups of features.")
+    coft: Flag = Field(default=False, description="Keep every Q shorter than eps / √blocks (constrained OFT).")
+    eps: Number = Field(default=6e-5, description="How far coft lets the adapter go; > 0.")
+    terms: Annotated[int, Strict(), Field(ge=1)] | None = Field(
+        default=None, description="Terms of the Neumann series, as peft counts them. Default: the transform itself."
+    )
+    weights: Weights | None = Field(
+        default=None,
+        description="Path of a safetensors file with the trained rotations, relative to the plan's folder. "
+        "Without it the adapter starts as no rotation.",
+    )
+
+    def _problems(self) -> Iterator[Problem]:
+        if not self.eps > 0:
+            yield "eps", f"must be > 0, got {self.eps!r}"
 
 
 class Tversky(Step):
@@ -644,13 +727,42 @@ class Prefix(Step):
     )
 
 
-STEPS: tuple[type[Step], ...] = (LoRA, DoRA, IA3, Tversky, Gate, Splice, Head, Tap, Prompt, Prefix)
+class Replace(Step):
+    """Parameters of the matched modules, replaced by trained ones.
+
+    Of a tensor that several modules share, only the use by the matched module changes.
+    """
+
+    kind: Literal["replace"] = Field(default="replace", description="Trained parameters of the model.", kw_only=True)
+    weights: Weights = Field(
+        description="Path of a safetensors file, relative to the plan's folder, that names every parameter as the "
+        "model does ('head.weight'), or as peft does."
+    )
+
+
+STEPS: tuple[type[Step], ...] = (LoRA, DoRA, IA3, Tversky, Gate, Splice, Head, Tap, Prompt, Prefix, VeRA, OFT, Replace)
 """Every step a plan can hold. A new step class is added here and nowhere else."""
 
 if TYPE_CHECKING:
     AnyStep = Step
 else:
     AnyStep = Annotated[Union[STEPS], Field(discriminator="kind")]  # noqa: UP007 - a union made from a tuple
+
+
+def from_peft(folder: str | os.PathLike[str]) -> tuple[Step, ...]:
+    """The steps that do what a peft checkpoint does: LoRA, DoRA, IA3, VeRA or OFT, and what it replaces.
+
+    Module paths are those of the model that peft wrapped. Sites that differ in rank, alpha, side or block size are
+    steps of their own; ``modules_to_save``, trained biases and saved embeddings are a :class:`Replace`.
+
+    Args:
+        folder: what peft's ``save_pretrained`` wrote: ``adapter_config.json`` and ``adapter_model.safetensors``.
+
+    Raises:
+        PlanError: it is none, or holds something that no step can do; says what.
+    """
+    kinds = {step.model_fields["kind"].default: step for step in STEPS}
+    return tuple(kinds[data["kind"]].model_validate(data) for data in read_steps(folder))
 
 
 # ---- The plan

@@ -28,9 +28,9 @@ Outcome = Literal["rewritten", "refused", "skipped", "measured"]
 STAGES = ("clean", "adapt", "freeze", "fold", "prune", "quantize", "fuse", "lower")
 """The order of stages; the tuple in ``passes/__init__.py`` is the order of passes within and across them."""
 
-REPRODUCED = ("adapt", "lower")
-"""Stages whose passes are not exact and yet leave the function that the model's own eager run computes: one makes it,
-one rounds it. An inexact pass of another stage is lossy."""
+REPRODUCED = ("clean", "adapt", "lower")
+"""Stages whose passes are not exact and yet leave the function that the adapted model's own eager run computes: two
+make it, one rounds it. An inexact pass of another stage is lossy."""
 
 
 @dataclass

@@ -70,13 +70,14 @@ def check(name: str, value: Tensor, shape: Sequence[int], where: str) -> Tensor:
     return value
 
 
-def check_setting(name: str, value: Tensor, where: str) -> Tensor:
-    """`value` if it can be the setting `name`, a positive number.
+def check_setting(name: str, value: Tensor, where: str, shape: Sequence[int] = ()) -> Tensor:
+    """`value` if it can be the setting `name`: a positive number, or a matrix of `shape`.
 
     Raises:
         PlanError: names the key, and what is there.
     """
-    if not float(check(name, value, (), where)) > 0:
+    check(name, value, shape, where)
+    if not shape and not float(value) > 0:
         raise PlanError(f"{name} must be > 0, got {float(value):g}", where=where)
     return value
 

@@ -19,6 +19,7 @@ from .clean.common import CommonSubexpressions
 from .clean.constants import FoldConstants, FoldLateConstants
 from .clean.gates import RecogniseGates
 from .clean.noops import StripLateNoOps, StripNoOps
+from .clean.parameters import ReplaceParameters
 from .clean.shapes import ExplicitShapes
 from .fold.affine import FoldAffine
 from .fold.codebook import FoldCodebook
@@ -36,7 +37,8 @@ from .lower.round import Round
 from .prune.dead_neurons import DeadNeurons
 
 PIPELINE: tuple[Pass, ...] = (
-    # clean: what means nothing to a frozen graph
+    # clean: the parameters the plan gives, and what means nothing to a frozen graph
+    ReplaceParameters(),
     ExplicitShapes(),
     StripNoOps(),
     CommonSubexpressions(),

@@ -5,12 +5,14 @@ The parameter `lora_A` of the step `lora` at `layer1.0.conv1` is the constant ``
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 
-from fxfreeze.plan import IA3, DoRA, Gate, Head, LoRA, Prefix, Prompt, Splice, Step, Tap, Tversky
-from fxfreeze.program import ADAPTERS
+from fxfreeze.plan import IA3, OFT, DoRA, Gate, Head, LoRA, Prefix, Prompt, Splice, Step, Tap, Tversky, VeRA
+from fxfreeze.program import ADAPTERS, SETTINGS
 
 from ._operators import WeightOperator
 
@@ -28,7 +30,7 @@ SPLICE = "SPLICE"
 TOKENS = "TOKENS"
 """… the parameters of trained tokens: what is computed of them hangs on constants alone, and folds as others do."""
 
-DeltaStep = LoRA | DoRA | IA3
+DeltaStep = LoRA | DoRA | IA3 | VeRA | OFT
 """Steps that change the weight of one operator."""
 
 NORM_FLOOR = 1e-30
@@ -41,14 +43,18 @@ def parameter_name(step: Step, site: str, leaf: str) -> str:
 
 
 def split_name(name: str) -> tuple[str, str]:
-    """The step and the leaf of a parameter name."""
-    return name.removeprefix(ADAPTERS).partition(".")[0], name.rpartition(".")[2]
+    """The step and the leaf of the name of a parameter, or of what all sites of a step share."""
+    return name.removeprefix(ADAPTERS).removeprefix(SETTINGS).partition(".")[0], name.rpartition(".")[2]
 
 
 def describe(step: Step) -> str:
     """The step in a few words."""
     if isinstance(step, LoRA | DoRA):
         return f"{type(step).__name__} rank {step.rank}, scale {step.scale:g}"
+    if isinstance(step, VeRA):
+        return f"VeRA rank {step.rank}"
+    if isinstance(step, OFT):
+        return f"OFT in blocks of {step.block_size}{', one for all' if step.share else ''}"
     if isinstance(step, Tversky):
         return f"Tversky {step.model}, {step.intersection}, {step.difference}, {step.semantics}"
     if isinstance(step, Gate):
@@ -83,9 +89,78 @@ def changed(
         out, inner, *kernel = operator.shape
         columns = gain.reshape(operator.groups, 1, inner).expand(-1, out // operator.groups, -1)
         return weight * columns.reshape(out, inner, *[1] * len(kernel)), bias
+    if isinstance(step, OFT):
+        return turned(step, operator, weight, values["oft_R"]), bias
+    if isinstance(step, VeRA):
+        a, b = projections(operator, values["vera_A"], values["vera_B"])
+        delta = (values["lambda_b"].unsqueeze(1) * b) @ (values["lambda_d"].unsqueeze(1) * a)
+        return weight + delta.reshape(operator.shape), bias
     delta = values["lora_B"].flatten(1) @ values["lora_A"].flatten(1)
     weight = weight + step.scale * delta.reshape(operator.shape)
     if isinstance(step, DoRA):
         norm = weight.flatten(1).norm(dim=1).clamp_min(NORM_FLOOR)
         weight = weight * (values["lora_magnitude"] / norm).reshape(rows)
     return weight, bias
+
+
+def projections(operator: WeightOperator, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """What a layer takes of VeRA's shared matrices: ``[r, in · kernel]`` and ``[out, r]``."""
+    return a[:, : math.prod(operator.shape[1:])], b[: operator.out_features]
+
+
+def rotations(step: OFT, vectors: Tensor) -> Tensor:
+    """The blocks of R, ``[blocks, size, size]``, from the upper triangles of their skew-symmetric Q.
+
+    Args:
+        vectors: ``[blocks, size · (size − 1) / 2]``, row by row.
+    """
+    blocks, size = vectors.shape[0], step.block_size
+    rows, columns = torch.triu_indices(size, size, 1, device=vectors.device)
+    first = torch.arange(blocks, device=vectors.device).unsqueeze(1)
+    upper = vectors.new_zeros(blocks, size, size).index_put((first, rows, columns), vectors)
+    skew = upper - upper.transpose(1, 2)
+    if step.coft:
+        length = torch.linalg.vector_norm(skew, dim=(1, 2), keepdim=True).clamp_min(NORM_FLOOR)
+        # peft projects the parameter itself before every forward: no gradient goes through the length.
+        skew = skew * (step.eps / math.sqrt(blocks) / length).clamp_max(1).detach()
+    identity = torch.eye(size, dtype=vectors.dtype, device=vectors.device)
+    if step.terms is None:
+        return torch.linalg.solve(identity + skew, identity - skew, left=False)
+    total, power = identity + skew * (2 if step.terms > 1 else 0), skew
+    for n in range(2, max(step.terms, 4) if step.terms > 2 else 0):  # peft's three terms are its four
+        power = power @ skew
+        total = total + power * (1 if n == max(step.terms, 4) - 1 else 2)
+    return total.expand(blocks, size, size)
+
+
+def rotated(step: OFT, value: Tensor, vectors: Tensor) -> Tensor:
+    """``value · R`` along the last dim."""
+    parts = value.unflatten(-1, (-1, 1, step.block_size))
+    return (parts @ rotations(step, vectors)).flatten(-3)
+
+
+def turned(step: OFT, operator: WeightOperator, weight: Tensor, vectors: Tensor) -> Tensor:
+    """The canonical weight of a layer whose inputs, or outputs if it is an embedding, are rotated by R first."""
+    if operator.kind == "embedding":
+        return rotated(step, weight.T, vectors).T
+    blocks = rotations(step, vectors).transpose(1, 2)
+    out, groups = operator.out_features, operator.groups
+    if not step.share and groups > 1:  # a row sees the features of its group only, and so their blocks
+        blocks = blocks.unflatten(0, (groups, 1, -1)).expand(-1, out // groups, -1, -1, -1).flatten(0, 1)
+    parts = weight.reshape(out, -1, 1, step.block_size)
+    return (parts @ blocks).reshape(operator.shape)
+
+
+def misfit(step: DeltaStep, operator: WeightOperator) -> str | None:
+    """Why `step` cannot act on a layer that other steps can, in a sentence without a subject."""
+    if not isinstance(step, OFT):
+        return None
+    if math.prod(operator.kernel) > 1:
+        window = "×".join(map(str, operator.kernel))
+        return f"has a window of {window}, and what OFT does to the patches under it is no convolution"
+    features = operator.out_features if operator.kind == "embedding" else operator.in_features
+    share = operator.groups if operator.kernel else 1
+    if features // share % step.block_size:
+        of = f"{features // share} features" + (" in a group" if share > 1 else "")
+        return f"has {of}, which blocks of {step.block_size} do not divide"
+    return None

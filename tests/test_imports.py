@@ -40,7 +40,8 @@ TABLE: dict[str, str] = {
     "errors": "",
     "record": "",
     "constants": "",
-    "plan": "record",
+    "checkpoints": "",
+    "plan": "checkpoints record",
     "program": "constants plan",
     "binding": "program",
     "report": "",  # renders the plain data of a manifest, and so knows nobody
@@ -72,8 +73,8 @@ TABLE: dict[str, str] = {
     "cli": "door adapt api artifact demo passes plan report rewrite _version",
     "__main__": "cli",
     "passes": "pass rewrite",
-    "pass": "constants dataflow graft inline kernels nn pass-helper plan program rewrite weights",
-    "pass-helper": "constants dataflow graft inline kernels plan program rewrite weights",
+    "pass": "checkpoints constants dataflow graft inline kernels nn pass-helper plan program rewrite weights",
+    "pass-helper": "checkpoints constants dataflow graft inline kernels plan program rewrite weights",
     "kernels": "",
     "kernel": "kernel-helper",
     "kernel-helper": "",
@@ -86,7 +87,7 @@ GROUPS = {"kernels": {"kernels", "kernel", "kernel-helper"}}
 FOLDER_ROOMS = {"emit", "nn", "benchmarks", "passes", "pass-helper", "kernel-helper"}
 """Rooms of several files that may import each other (without a cycle). Passes and kernels may not."""
 
-TORCHLESS = {"errors", "record", "plan", "_version"}
+TORCHLESS = {"checkpoints", "errors", "record", "plan", "_version"}
 """Rooms that a build script or an editor can use without waiting for torch."""
 
 

@@ -10,6 +10,9 @@ embedding             ``[r, rows]``                        ``[dimension, r]``
 conv, also transposed ``[r, in / groups, *kernel]``        ``[out, r, 1, …]``
 ====================  ===================================  ================================
 
+VeRA has ``lambda_b`` with one number per output feature and ``lambda_d`` with one per rank, beside matrices that are
+shared and not trained (:func:`projection`). OFT has ``oft_R``, one row per block: the upper triangle of its Q.
+
 ``lora_magnitude`` has one number per output feature (of an embedding: per dimension, the norm taken over its rows),
 ``ia3`` one per output or input feature (of an embedding's input: per row).
 
@@ -25,17 +28,20 @@ import hashlib
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor
 
 from fxfreeze import weights
+from fxfreeze.checkpoints import PREFIX, SHARED, adapter_key, parameter_key
 from fxfreeze.errors import PlanError
-from fxfreeze.plan import IA3, DoRA, Step
-from fxfreeze.program import ADAPTERS, SETTINGS
+from fxfreeze.plan import IA3, OFT, DoRA, Replace, Step, VeRA
+from fxfreeze.program import ADAPTERS, SETTINGS, Program
 
 from .._adapters import DeltaStep, parameter_name
-from .._operators import WeightOperator
+from .._operators import WeightOperator, arguments, aten
+from ._sites import Sites
 
 Initial = Callable[[torch.Generator], Tensor]
 
@@ -59,7 +65,18 @@ def parameters(step: DeltaStep, operator: WeightOperator, weight: Tensor) -> lis
     if isinstance(step, IA3):
         size = operator.out_features if step.side == "out" else operator.in_features
         return [Parameter("ia3", (size,), lambda generator: torch.ones(size))]
+    if isinstance(step, VeRA):
+        out, rank, start = operator.out_features, step.rank, float(step.d_initial)
+        return [
+            Parameter("lambda_b", (out,), lambda generator: torch.zeros(out)),
+            Parameter("lambda_d", (rank,), lambda generator: torch.full((rank,), start)),
+        ]
     embedding = operator.kind == "embedding"
+    if isinstance(step, OFT):
+        features = operator.out_features if embedding else operator.in_features
+        rows = 1 if step.share else features // step.block_size
+        shape = (rows, step.block_size * (step.block_size - 1) // 2)
+        return [Parameter("oft_R", shape, lambda generator: torch.zeros(shape))]
     inner = (operator.in_features,) if embedding else operator.shape[1:]
     a, b = (step.rank, *inner), (operator.out_features, step.rank, *[1] * len(operator.kernel))
     found = [
@@ -74,20 +91,23 @@ def parameters(step: DeltaStep, operator: WeightOperator, weight: Tensor) -> lis
 class Source:
     """Where the values of one step come from: its weights file, or the initial ones.
 
-    A key of the file is the name of a parameter, with or without ``adapters.<step>.``; full names of the plan's other
-    steps may be there too, so that one file can hold the adapters of a plan.
+    A key of the file is the name of a parameter, with or without ``adapters.<step>.``, or peft's name of it. Full names
+    of the plan's other steps may be there too, and peft's names of their sites if they name the same file, so that one
+    file can hold the adapters of a plan.
 
     Raises:
         PlanError: the file cannot be read, or says that its step was another one.
     """
 
-    def __init__(self, step: Step, others: Iterable[str]) -> None:
+    def __init__(self, step: Step, steps: Iterable[Step]) -> None:
         self.step, self.file = step, getattr(step, "weights", None)
         self.stored: dict[str, Tensor] = {}
         if self.file is not None:
             self.stored, metadata = weights.read(self.file)
             weights.check_metadata(metadata, [step], self.file)
-        self._foreign = tuple(f"{prefix}{name}." for name in others for prefix in (ADAPTERS, SETTINGS))
+        self._others = [other for other in steps if other.name != step.name]
+        self._foreign = tuple(f"{prefix}{other.name}." for other in self._others for prefix in (ADAPTERS, SETTINGS))
+        self._peft = {found: key for key in self.stored if (found := adapter_key(key))}
         self._short = f"{ADAPTERS}{step.name}."
         self._asked: list[str] = []
         self._leaf = ""
@@ -104,10 +124,15 @@ class Source:
             seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:7])
             return parameter.initial(torch.Generator().manual_seed(seed))
         key = name if name in self.stored else name.removeprefix(self._short)
+        if key not in self.stored:
+            key = self._peft.get((site, parameter.leaf), key)
         self._asked.append(key)
         if key not in self.stored:
             return torch.zeros(parameter.shape)  # finish() reports it, together with all others
-        return weights.check(key, self.stored[key], parameter.shape, self.file)
+        value = self.stored[key]
+        if key.startswith(PREFIX) and len(parameter.shape) == 1 and value.numel() == max(value.shape):
+            value = value.flatten()  # peft keeps gains and magnitudes in the shape they broadcast from
+        return weights.check(key, value, parameter.shape, self.file)
 
     def setting(self, leaf: str, given: float) -> float:
         """The positive number ``settings.<step>.<leaf>`` that the file may hold, else the plan's.
@@ -121,6 +146,23 @@ class Source:
         self._asked.append(key)
         return float(weights.check_setting(key, self.stored[key], self.file))
 
+    def shared(self, leaf: str, least: tuple[int, int]) -> Tensor | None:
+        """The matrix ``settings.<step>.<leaf>`` that the file may hold, of this shape or larger.
+
+        Raises:
+            PlanError: it is smaller, is not floating, or holds NaN or Inf.
+        """
+        names = [name for name in (f"{SETTINGS}{self.step.name}.{leaf}", SHARED[leaf]) if name in self.stored]
+        if not names:
+            return None
+        self._asked.append(names[0])
+        value = self.stored[names[0]]
+        if value.ndim != 2 or any(have < need for have, need in zip(value.shape, least, strict=True)):
+            raise PlanError(
+                f"{names[0]} has shape {tuple(value.shape)}, but at least {least} is needed", where=str(self.file)
+            )
+        return weights.check(names[0], value, value.shape, str(self.file))
+
     def finish(self) -> None:
         """Check that the file held what was asked for, and nothing else.
 
@@ -128,19 +170,62 @@ class Source:
             PlanError: lists the missing and the unexpected keys.
         """
         if self.file is not None:
-            found = [key for key in self.stored if not key.startswith(self._foreign)]
+            found = [key for key in self.stored if not key.startswith(self._foreign) and not self._is_others(key)]
             try:
                 weights.check_keys(self._asked, found, self.file)
             except PlanError as error:
                 error.hint = f"keys are named like {parameter_name(self.step, '<module path>', self._leaf)}"
-                if any(key.startswith("base_model.model.") for key in found):
-                    error.hint += "; peft names its own base_model.model.<path>.lora_A.weight: rename them"
+                if any(key.startswith(PREFIX) for key in found):
+                    error.hint = "fxfreeze.from_peft(folder) gives all steps that a peft checkpoint takes"
                 raise
+
+    def _is_others(self, key: str) -> bool:
+        """Whether a key in peft's words belongs to another step that names the same file."""
+        own, adapter = parameter_key(key), adapter_key(key)
+        for other in self._others:
+            if getattr(other, "weights", None) != self.file:
+                continue
+            site = own if isinstance(other, Replace) else adapter
+            if site is not None and any(fnmatchcase(site[0], glob) for glob in other.patterns):
+                return True
+            if isinstance(other, VeRA) and key in SHARED.values():
+                return True
+        return False
+
+    def misfit(self, program: Program, sites: Sites, path: str) -> str | None:
+        """Why what peft trained at `path` is no LoRA of that layer, in a sentence without a subject."""
+        operator = sites.operators[path][0]
+        if (path, "lora_A") not in self._peft or operator.kind != "conv" or math.prod(operator.kernel) == 1:
+            return self._mixing(operator) if (path, "lora_A") in self._peft else None
+        if any(step != 1 for step in arguments(operator.node).get("dilation", ())):
+            return "is dilated, and peft's update of it is not, so that no convolution is their sum"
+        before = operator.input
+        pads = before.target is aten.pad.default and program.module_path(before) == path
+        if pads and (mode := arguments(before)["mode"]) != "constant":
+            return f"pads by {mode!r} where peft's update pads with zeros, so that no convolution is their sum"
+        return self._mixing(operator)
+
+    @staticmethod
+    def _mixing(operator: WeightOperator) -> str | None:
+        if operator.groups == 1:
+            return None
+        return f"has {operator.groups} groups, and peft's update of it mixes them, so that it is no grouped convolution"
 
 
 def _uniform(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     # torch.nn.init on an empty tensor warns, and rank and features are never 0.
     return torch.nn.init.kaiming_uniform_(torch.empty(shape), a=math.sqrt(5), generator=generator)
+
+
+def projections(rank: int, most_in: int, most_out: int, seed: int) -> tuple[Tensor, Tensor]:
+    """VeRA's A ``[rank, most_in]`` and B ``[most_out, rank]`` as peft draws them: float32, on the CPU, A first."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def uniform(rows: int, columns: int) -> Tensor:
+        bound = math.sqrt(3.0) * (math.sqrt(2) / math.sqrt(columns))
+        return torch.empty(rows, columns).uniform_(-bound, bound, generator=generator)
+
+    return uniform(rank, most_in), uniform(most_out, rank)
 
 
 def _norms(weight: Tensor) -> Tensor:

@@ -1,28 +1,46 @@
-"""Insert LoRA, DoRA and IA3 next to the operators they change."""
+"""Insert LoRA, DoRA, IA3, VeRA and OFT next to the operators they change."""
 
 from __future__ import annotations
 
+import functools
+import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.fx import Node
 
 from fxfreeze.constants import lift
 from fxfreeze.errors import PlanError
-from fxfreeze.plan import IA3, DoRA, LoRA
-from fxfreeze.program import Origin, Program
+from fxfreeze.inline import inline
+from fxfreeze.plan import IA3, OFT, DoRA, LoRA, VeRA
+from fxfreeze.program import SETTINGS, Origin, Program
 from fxfreeze.rewrite import Context, Pass
 
-from .._adapters import BASE, DELTA, NORM_FLOOR, DeltaStep, changed, describe, parameter_name
+from .._adapters import (
+    BASE,
+    DELTA,
+    NORM_FLOOR,
+    DeltaStep,
+    changed,
+    describe,
+    misfit,
+    parameter_name,
+    projections,
+    rotated,
+    turned,
+)  # fmt: skip
 from .._operators import Moves, WeightOperator, apply, aten, weight_operator
 from ._parameters import Source, parameter_dtype, parameters
-from ._sites import find_sites, resolve
+from ._parameters import projections as drawn_projections
+from ._sites import Sites, find_sites, resolve
 
 _POINTWISE = {1: aten.conv1d.default, 2: aten.conv2d.default, 3: aten.conv3d.default}
 
 
 class InsertDelta(Pass):
-    """Put the plan's LoRA, DoRA and IA3 steps into the graph, as parameters and operators that train.
+    """Put the plan's LoRA, DoRA, IA3, VeRA and OFT steps into the graph, as parameters and operators that train.
 
     Steps at one site compose in plan order, each acting on the layer that the steps before it left: two LoRAs add up,
     an IA3 after a LoRA scales both, an IA3 before it only the base. With W the weight in canonical layout, b the bias:
@@ -31,11 +49,15 @@ class InsertDelta(Pass):
     * DoRA: W ← m ⊙ V / ‖V‖ with V = W + s·B·A, the norm per output feature and without gradient (section 4.3 of the
       paper, and peft)
     * IA3: W ← diag(l)·W and b ← l ⊙ b on the output side, W ← W·diag(l) on the input side
+    * VeRA: W ← W + diag(λ_b)·B·diag(λ_d)·A, with A and B shared by the step's sites and frozen
+    * OFT: W ← W·Rᵀ; of an embedding, whose rows are what it returns, each row times R. Convolutions must be 1×1
 
-    While it trains, a LoRA is a low-rank branch beside its operator, which costs little, and an IA3 a factor on its
-    operand or result. Up to the last DoRA of a site, or LoRA on a grouped or transposed convolution, the changed weight
-    itself is computed in the graph. Half-precision layers compute their adapters in float32. A convolution's branch
-    reads what the convolution reads, padding included: with ``padding_mode="reflect"`` that is the reflected image.
+    While it trains, a LoRA or VeRA is a low-rank branch beside its operator, which costs little, and an IA3 or OFT acts
+    on its operand or result. Up to the last DoRA of a site, LoRA on a grouped or transposed convolution, or VeRA or OFT
+    on any convolution, the changed weight itself is computed in the graph. Half-precision layers compute their adapters
+    in float32. A convolution's branch reads what the convolution reads, padding included: with
+    ``padding_mode="reflect"`` that is the reflected image. (peft's branch pads with zeros there, ignores dilation and
+    mixes groups: weights that it trained so are refused.)
 
     A module that runs several times has one set of parameters.
     """
@@ -43,33 +65,53 @@ class InsertDelta(Pass):
     name, stage, exact = "insert-delta", "adapt", False
 
     def run(self, program: Program, ctx: Context) -> int:
-        steps = [(i, step) for i, step in enumerate(ctx.plan.steps) if isinstance(step, LoRA | DoRA | IA3)]
+        steps = [(i, step) for i, step in enumerate(ctx.plan.steps) if isinstance(step, DeltaStep)]
         if not steps:
             return 0
         # All globs are resolved on the user's graph: an inserted LoRA is made of linear layers too.
         sites = find_sites(program)
+        sources = {step.name: Source(step, ctx.plan.steps) for _, step in steps}
         requests: dict[str, list[DeltaStep]] = {}
         for index, step in steps:
-            taken, refused = resolve(sites, step, index)
-            for path in taken:
+            for path in self._taken(program, ctx, sites, step, index, sources[step.name]):
                 requests.setdefault(path, []).append(step)
-            for path, reason in refused.items():
-                ctx.ledger.add(
-                    site=path, step=step.name, requested=describe(step), outcome="refused", detail=f"{path} {reason}"
-                )
-        names = [step.name for step in ctx.plan.steps]
-        sources = {step.name: Source(step, [name for name in names if name != step.name]) for _, step in steps}
+        shared = {step.name: _add_shared(program, step, [sites.operators[path][0] for path, asked in requests.items()
+                                                         if step in asked], sources[step.name])
+                  for _, step in steps if isinstance(step, VeRA)}  # fmt: skip
         for path in [path for path in sites.operators if path in requests]:
-            self._insert(program, ctx, path, sites.operators[path], requests[path], sources)
+            self._insert(program, ctx, path, sites.operators[path], requests[path], sources, shared)
         for source in sources.values():
             source.finish()
         return sum(len(sites.operators[path]) * len(asked) for path, asked in requests.items())
 
+    def _taken(
+        self, program: Program, ctx: Context, sites: Sites, step: DeltaStep, index: int, source: Source
+    ) -> list[str]:
+        """The paths at which to insert `step`; those it matches and cannot take get a row in the ledger.
+
+        Raises:
+            PlanError: there is none to take, or the step has trained weights for one it cannot take.
+        """
+        taken, refused = resolve(sites, step, index)
+        problems = {
+            path: misfit(step, sites.operators[path][0]) or source.misfit(program, sites, path) for path in taken
+        }
+        misfits = {path: reason for path, reason in problems.items() if reason}
+        if misfits and (step.weights or len(misfits) == len(taken)):
+            lines = "".join(f"\n  {path} {reason}" for path, reason in list(misfits.items())[:6])
+            raise PlanError(f"steps[{index}].at: {type(step).__name__} cannot act on what it matches:{lines}",
+                            where=step.name)  # fmt: skip
+        for path, reason in {**refused, **misfits}.items():
+            ctx.ledger.add(
+                site=path, step=step.name, requested=describe(step), outcome="refused", detail=f"{path} {reason}"
+            )
+        return [path for path in taken if path not in misfits]
+
     def _insert(
         self, program: Program, ctx: Context, path: str, operators: list[WeightOperator], steps: list[DeltaStep],
-        sources: dict[str, Source],
+        sources: dict[str, Source], shared: dict[str, dict[str, Node]],
     ) -> None:  # fmt: skip
-        values = _add_parameters(program, path, operators[0], steps, sources)
+        values = _add_parameters(program, path, operators[0], steps, sources, shared)
         for call, operator in enumerate(operators):
             # Read again: an insertion upstream has changed its input.
             current = weight_operator(operator.node)
@@ -85,8 +127,9 @@ class InsertDelta(Pass):
 
 
 def _add_parameters(
-    program: Program, path: str, operator: WeightOperator, steps: list[DeltaStep], sources: dict[str, Source]
-) -> dict[str, dict[str, Node]]:
+    program: Program, path: str, operator: WeightOperator, steps: list[DeltaStep], sources: dict[str, Source],
+    shared: dict[str, dict[str, Node]],
+) -> dict[str, dict[str, Node]]:  # fmt: skip
     """Constants for what `steps` train at `path`, by step and leaf, before `operator`, the first call there.
 
     Raises:
@@ -98,7 +141,7 @@ def _add_parameters(
     dora = max((i for i, step in enumerate(steps) if isinstance(step, DoRA)), default=-1)
     found: dict[str, dict[str, Node]] = {}
     for position, step in enumerate(steps):
-        nodes = found[step.name] = {}
+        nodes = found[step.name] = dict(shared.get(step.name, {}))
         for item in parameters(step, operator, current):
             name = parameter_name(step, path, item.leaf)
             if name in program.state:
@@ -109,6 +152,29 @@ def _add_parameters(
         if position < dora:  # a magnitude starts as the norm of the weight that the steps before it left
             values = {leaf: lift(program.state[str(node.target)]) for leaf, node in nodes.items()}
             current, _ = changed(step, operator, lift(current), None, values)
+    return found
+
+
+def _add_shared(program: Program, step: VeRA, operators: list[WeightOperator], source: Source) -> dict[str, Node]:
+    """VeRA's A and B for the layers `operators`, as constants that do not train; adapter files keep them.
+
+    Raises:
+        PlanError: the model has a constant of that name, or the file's matrices are too small.
+    """
+    inner = max(math.prod(operator.shape[1:]) for operator in operators)
+    out = max(operator.out_features for operator in operators)
+    stored = [source.shared("vera_A", (step.rank, inner)), source.shared("vera_B", (out, step.rank))]
+    drawn = drawn_projections(step.rank, inner, out, step.seed)
+    found, first = {}, next(iter(program.graph.nodes))
+    weights = [program.state.tensor(str(operator.weight.target)) for operator in operators]
+    dtype = functools.reduce(torch.promote_types, (parameter_dtype(weight.dtype) for weight in weights))
+    for leaf, held, fresh in zip(("vera_A", "vera_B"), stored, drawn, strict=True):
+        name = f"{SETTINGS}{step.name}.{leaf}"
+        if name in program.state:
+            raise PlanError(f"the model already has a constant named {name}", where=step.name, hint="rename the step")
+        value = (fresh if held is None else held).to(weights[0].device, dtype)
+        found[leaf] = program.add_constant(name, value, before=first, like=operators[0].node)
+        found[leaf].meta = {"val": found[leaf].meta["val"], "fxfreeze": Origin(step.name, DELTA, "")}
     return found
 
 
@@ -138,6 +204,8 @@ class _Site:
 
     def _needs_weight(self, step: DeltaStep) -> bool:
         plain = self.operator.kind != "transposed" and self.operator.groups == 1
+        if isinstance(step, VeRA | OFT):
+            return bool(self.operator.kernel)
         return isinstance(step, DoRA) or (isinstance(step, LoRA) and not plain)
 
     def _emit(self, step: DeltaStep, target: Any, *args: Any, **kwargs: Any) -> Node:
@@ -166,6 +234,8 @@ class _Site:
         step = self.steps[count - 1]
         if isinstance(step, IA3):
             return self._gained(step, count, source)
+        if isinstance(step, OFT):
+            return self._turned(step, count, source)
         base = self._after(count - 1, source)
         total = self._emit(step, aten.add.Tensor, base, self._branch(step, source))
         return self._cast(step, total, self.dtype)
@@ -192,13 +262,35 @@ class _Site:
             return self._cast(step, self._emit(step, aten.mul.Tensor, base, gains), self.dtype)
         return self._times(step, base, gain)
 
+    def _turned(self, step: OFT, count: int, source: Node) -> Node:
+        if self.operator.kind != "embedding":
+            return self._after(count - 1, self._rotated(step, source))
+        return self._rotated(step, self._after(count - 1, source))
+
+    def _rotated(self, step: OFT, value: Node) -> Node:
+        vectors, dtype = self.values[step.name]["oft_R"], value.meta["val"].dtype
+        wide = self._cast(step, value, vectors.meta["val"].dtype)
+        result = self._inline(step, lambda value, vectors: rotated(step, value, vectors), wide, vectors)
+        return self._cast(step, result, dtype)
+
+    def _inline(self, step: DeltaStep, function: Callable[..., Tensor], *operands: Node) -> Node:
+        """The operators that `function` runs on `operands`; the node of its result."""
+        last = self.before.prev
+        result = inline(self.program, function, *operands, before=self.before, like=self.operator.node)
+        while (last := last.next) is not self.before:
+            last.meta["fxfreeze"] = Origin(step.name, DELTA, self.path, self.call)
+            self.mine.add(last)
+        return result
+
     def _times(self, step: IA3, value: Node, gain: Node) -> Node:
         if self.operator.kernel:
             gain = self._emit(step, aten.reshape.default, gain, self.operator.per_feature())
         return self._cast(step, self._emit(step, aten.mul.Tensor, value, gain), value.meta["val"].dtype)
 
-    def _branch(self, step: LoRA | DoRA, source: Node) -> Node:
-        """s·B·A applied to `source`; the scale sits on the narrow side."""
+    def _branch(self, step: LoRA | DoRA | VeRA, source: Node) -> Node:
+        """What `step` adds to the weight, applied to `source`; the scale sits on the narrow side."""
+        if isinstance(step, VeRA):
+            return self._scaled_branch(step, source)
         a, b = self.values[step.name]["lora_A"], self.values[step.name]["lora_B"]
         source = self._cast(step, source, a.meta["val"].dtype)
         if self.operator.kernel:
@@ -210,6 +302,18 @@ class _Site:
         else:
             narrow = self._emit(step, aten.linear.default, source, a)
         return self._emit(step, aten.linear.default, self._scaled(step, narrow), b)
+
+    def _scaled_branch(self, step: VeRA, source: Node) -> Node:
+        values, operator = self.values[step.name], self.operator
+        a, b = (self._emit(step, aten.slice.Tensor, values[leaf], axis, 0, size) for leaf, axis, size in (
+            ("vera_A", 1, operator.in_features), ("vera_B", 0, operator.out_features)))  # fmt: skip
+        source = self._cast(step, source, a.meta["val"].dtype)
+        if operator.kind == "embedding":
+            narrow = self._lookup(step, self._emit(step, aten.transpose.int, a, 0, 1), source)
+        else:
+            narrow = self._emit(step, aten.linear.default, source, a)
+        narrow = self._emit(step, aten.mul.Tensor, narrow, values["lambda_d"])
+        return self._emit(step, aten.mul.Tensor, self._emit(step, aten.linear.default, narrow, b), values["lambda_b"])
 
     def _lookup(self, step: DeltaStep, table: Node, rows: Node) -> Node:
         args, kwargs = self.operator.call_arguments(input=rows, weight=table, sparse=False, scale_grad_by_freq=False)
@@ -242,7 +346,9 @@ class _Site:
         result = self._call(last, input=self._cast(last, source, wide), weight=weight, bias=bias, **changes)
         return self._cast(last, result, self.dtype)
 
-    def _changed(self, step: LoRA | DoRA, weight: Node) -> Node:
+    def _changed(self, step: LoRA | DoRA | VeRA | OFT, weight: Node) -> Node:
+        if isinstance(step, VeRA | OFT):
+            return self._traced(step, weight)
         values, shape = self.values[step.name], list(self.operator.shape)
         b = self._emit(step, aten.reshape.default, values["lora_B"], [self.operator.out_features, step.rank])
         a = self._emit(step, aten.reshape.default, values["lora_A"], [step.rank, -1])
@@ -256,6 +362,19 @@ class _Site:
         norm = self._emit(step, aten.clamp_min.default, norm, NORM_FLOOR)
         magnitude = self._emit(step, aten.reshape.default, values["lora_magnitude"], self.operator.per_row())
         return self._emit(step, aten.mul.Tensor, weight, self._emit(step, aten.div.Tensor, magnitude, norm))
+
+    def _traced(self, step: VeRA | OFT, weight: Node) -> Node:
+        values, operator = self.values[step.name], self.operator
+        if isinstance(step, OFT):
+            return self._inline(step, lambda weight, r: turned(step, operator, weight, r), weight, values["oft_R"])
+
+        def scaled(weight: Tensor, lambda_b: Tensor, lambda_d: Tensor, a: Tensor, b: Tensor) -> Tensor:
+            a, b = projections(operator, a, b)
+            return weight + ((lambda_b.unsqueeze(1) * b) @ (lambda_d.unsqueeze(1) * a)).reshape(operator.shape)
+
+        return self._inline(
+            step, scaled, weight, *(values[leaf] for leaf in ("lambda_b", "lambda_d", "vera_A", "vera_B"))
+        )
 
     def _columns(self, step: IA3, gain: Node) -> Node:
         """A gain per input feature as a factor of the canonical weight, whose rows see only their group's inputs."""

@@ -65,10 +65,9 @@ class InsertGates(Pass):
                 ctx.ledger.add(
                     site=path, step=step.name, requested=describe(step), outcome="refused", detail=f"{path} {reason}"
                 )
-        names = [step.name for step in ctx.plan.steps]
         chains: dict[Node, Chain] = {}
         for step, values in taken:
-            source = Source(step, [name for name in names if name != step.name])
+            source = Source(step, ctx.plan.steps)
             for site, value in values.items():
                 chain = chains.setdefault(value.node, Chain(value.node))
                 _insert(program, ctx, value, chain, dims.get(value.node, frozenset()), step, site, source)

@@ -96,7 +96,7 @@ class InsertPrefix(Pass):
                 ctx.ledger.add(
                     site=path, step=step.name, requested=describe(step), outcome="refused", detail=f"{path} {reason}"
                 )
-            source = Source(step, [name for name in names if name != step.name])
+            source = Source(step, ctx.plan.steps)
             if _PEFT in source.stored:
                 _read_peft(step, source, {path: offers.operators[path][0] for path in taken}, bool(where))
             for path in taken:

@@ -46,7 +46,7 @@ class InsertSplice(Pass):
         garden = _Garden(program, ctx)
         requests = [(step, garden.places(step, index)) for index, step in steps]
         for step, places in sorted(requests, key=lambda item: isinstance(item[0], Head)):
-            source = Source(step, [other.name for other in ctx.plan.steps if other is not step])
+            source = Source(step, ctx.plan.steps)
             for path, calls in places.items():
                 garden.plant(step, path, calls, source)
             source.finish()

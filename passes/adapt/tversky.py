@@ -42,14 +42,14 @@ class InsertTversky(Pass):
             return 0
         sites = find_sites(program)
         _keep_linear(sites)
-        names, count = [step.name for step in ctx.plan.steps], 0
+        count = 0
         for index, step in steps:
             taken, refused = resolve(sites, step, index)
             for path, reason in refused.items():
                 ctx.ledger.add(
                     site=path, step=step.name, requested=describe(step), outcome="refused", detail=f"{path} {reason}"
                 )
-            source = Source(step, [name for name in names if name != step.name])
+            source = Source(step, ctx.plan.steps)
             for path in taken:
                 _refuse_others(program, ctx, step, path)
                 count += _replace(program, ctx, path, sites.operators[path], step, source)

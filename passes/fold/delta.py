@@ -1,4 +1,4 @@
-"""Fold LoRA, DoRA and IA3 into the weight and bias of the operator they change."""
+"""Fold LoRA, DoRA, IA3, VeRA and OFT into the weight and bias of the operator they change."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from torch.fx import Node
 
 from fxfreeze.constants import Recipe
 from fxfreeze.errors import PassError
-from fxfreeze.plan import IA3, DoRA, LoRA
 from fxfreeze.program import Fold, Origin, Program
 from fxfreeze.rewrite import Context, NoMatch, Outcome, Pass, fail
 
@@ -173,7 +172,7 @@ def _steps(ctx: Context, calls: list[list[Node]]) -> list[DeltaStep]:
     """
     names = {split_name(str(item.target))[0] for nodes in calls for node in nodes for item in node.all_input_nodes
              if item.op == "get_attr" and "fxfreeze" in item.meta}  # fmt: skip
-    steps = [step for step in ctx.plan.steps if isinstance(step, LoRA | DoRA | IA3) and step.name in names]
+    steps = [step for step in ctx.plan.steps if isinstance(step, DeltaStep) and step.name in names]
     if missing := names - {step.name for step in steps}:
         raise PassError(f"the program holds adapters of steps the plan does not have: {', '.join(sorted(missing))}")
     return steps

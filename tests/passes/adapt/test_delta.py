@@ -1,4 +1,4 @@
-"""Insertion of LoRA, DoRA and IA3: what the adapted graph computes, against weights changed by hand."""
+"""Insertion of LoRA, DoRA, IA3, VeRA and OFT: what the adapted graph computes, against weights changed by hand."""
 
 from __future__ import annotations
 
@@ -140,6 +140,10 @@ def change(layer: nn.Module, step: Any, state: dict[str, Tensor]) -> None:
             scale = alpha / math.sqrt(step.rank) if step.rslora else alpha / step.rank
             for r in range(step.rank):
                 row = row + scale * b.flatten(1)[o, r] * a[r].reshape(row.shape)
+        if "vera_A" in state:
+            first = state["vera_A"][:, : row.numel()].reshape(step.rank, *row.shape)
+            for r in range(step.rank):
+                row = row + state["lambda_b"][o] * state["vera_B"][o, r] * state["lambda_d"][r] * first[r]
         if "lora_magnitude" in state:
             row = row / row.square().sum().sqrt() * state["lora_magnitude"][o]
         if gain is not None:
@@ -152,12 +156,13 @@ def change(layer: nn.Module, step: Any, state: dict[str, Tensor]) -> None:
 def by_hand(model: nn.Module, net: fz.AdaptedModule) -> nn.Module:
     """A copy of `model` in float64 with the adapters of `net` worked into its weights."""
     twin, state = copy.deepcopy(model).double(), net.adapter_state()
+    frozen = {name.rpartition(".")[2]: value.double() for name, value in net._setting_state().items()}
     for step in net.plan.steps:
         for path, layer in twin.named_modules():
             prefix = f"adapters.{step.name}.{path}."
             mine = {name.removeprefix(prefix): value.double() for name, value in state.items() if prefix in name}
             if mine and not list(layer.children()):
-                change(layer, step, mine)
+                change(layer, step, mine | frozen if isinstance(step, fz.VeRA) else mine)
     return twin
 
 
@@ -176,6 +181,8 @@ STEPS: dict[str, list[Any]] = {
     "ia3-in, dora, lora, ia3-out": [
         fz.IA3(at=EVERY, side="in"), fz.DoRA(at=EVERY, rank=2), fz.LoRA(at=EVERY, rank=1), fz.IA3(at=EVERY)
     ],
+    "vera": [fz.VeRA(at=EVERY, rank=3, seed=2)],
+    "ia3-in, vera, dora": [fz.IA3(at=EVERY, side="in"), fz.VeRA(at=EVERY, rank=2), fz.DoRA(at=EVERY, rank=1)],
     "dora, dora": [fz.DoRA(at=EVERY, rank=2), fz.DoRA(at=EVERY, rank=1)],
 }  # fmt: skip
 
@@ -210,7 +217,7 @@ def test_the_adapted_layers_are_the_formula(steps: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("steps", ["lora", "dora", "ia3-out", "ia3-in, dora, lora, ia3-out"])
+@pytest.mark.parametrize("steps", ["lora", "dora", "ia3-out", "ia3-in, dora, lora, ia3-out", "vera"])
 def test_half_precision_layers_train_float32_adapters(steps: str, dtype: torch.dtype) -> None:
     model, net, inputs = adapt(STEPS[steps], SOME, dtype)
     assert {value.dtype for value in net.adapter_state().values()} == {torch.float32}
@@ -221,6 +228,82 @@ def test_half_precision_layers_train_float32_adapters(steps: str, dtype: torch.d
     agree(net(**inputs), by_hand(model, net)(**wide), 0.05)
     sum(value.float().sum() for value in net(**inputs).values()).backward()
     assert all(value.grad is not None for value in net.parameters())
+
+
+# ---- OFT, against layers whose inputs are rotated
+
+
+def rotation(vectors: Tensor, size: int, blocks: int) -> Tensor:
+    """R from the numbers above the diagonals of its Q, one entry after the other."""
+    result = torch.eye(size * blocks, dtype=vectors.dtype)
+    for block in range(blocks):
+        q, numbers = torch.zeros(size, size, dtype=vectors.dtype), iter(vectors[block % len(vectors)])
+        for i in range(size):
+            for j in range(i + 1, size):
+                q[i, j] = next(numbers)
+                q[j, i] = -q[i, j]
+        cut, eye = slice(block * size, (block + 1) * size), torch.eye(size, dtype=vectors.dtype)
+        result[cut, cut] = (eye - q) @ torch.linalg.inv(eye + q)
+    return result
+
+
+ROTATED: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "linear": (lambda: nn.Linear(4, 5), (3, 4)),
+    "hf_conv1d": (conv1d, (3, 4)),
+    "pointwise": (lambda: nn.Conv2d(4, 6, 1, stride=2, padding=1), (4, 5, 6)),
+    "groups": (lambda: nn.Conv1d(8, 6, 1, groups=2), (8, 5)),
+    "transposed": (lambda: nn.ConvTranspose1d(8, 6, 1, groups=2), (8, 5)),
+    "embedding": (lambda: nn.Embedding(7, 4), (3,)),
+}
+
+
+@pytest.mark.parametrize("share", [False, True])
+@pytest.mark.parametrize("name", ROTATED)
+def test_oft_rotates_what_a_layer_reads(name: str, share: bool) -> None:
+    torch.manual_seed(0)
+    layer, shape = ROTATED[name][0]().double(), ROTATED[name][1]
+    model, ids = nn.Sequential(OrderedDict(layer=layer, act=nn.Tanh())), name == "embedding"
+    spec = fz.Input("x", ("batch", *shape), "int64", 0, 6) if ids else fz.Input("x", ("batch", *shape), "float64")
+    net = fz.adapt(model, fz.Plan([spec], [fz.OFT(at="layer", block_size=2, share=share)]), verify="off")
+    x = torch.randint(0, 7, (2, *shape)) if ids else torch.randn(2, *shape, dtype=torch.float64)
+    torch.testing.assert_close(net(x), model(x), rtol=EPS, atol=EPS)
+    train(net)
+    (vectors,) = (value.detach() for value in net.parameters())
+    axis = 1 if "onv" in type(layer).__name__ and name != "hf_conv1d" else -1
+    size = 4 if ids else x.shape[axis]
+    assert len(vectors) == (1 if share else size // 2)
+    r = rotation(vectors, 2, size // 2)
+    torch.testing.assert_close(r @ r.T, torch.eye(size, dtype=r.dtype), rtol=EPS, atol=EPS)
+    expected = torch.tanh(layer(x) @ r) if ids else model((x.movedim(axis, -1) @ r).movedim(-1, axis))
+    torch.testing.assert_close(net(x), expected, rtol=EPS, atol=EPS)
+    net(x).square().sum().backward()
+    assert all(value.grad is not None and value.grad.abs().max() > 1e-6 for value in net.parameters())
+
+
+def test_constrained_oft_stays_near_no_rotation() -> None:
+    model, net, x = one(nn.Linear(4, 5), fz.OFT(at="layer", block_size=2, coft=True, eps=1e-3))
+    train(net)
+    distance = (net(x) - model(x)).abs().max()
+    assert 1e-5 < distance < 0.05
+    net(x).sum().backward()
+    assert all(torch.isfinite(value.grad).all() for value in net.parameters())  # type: ignore[arg-type]
+
+
+def test_what_oft_cannot_rotate_is_refused() -> None:
+    def refused(layer: nn.Module, size: int, *shape: int, more: Any = ()) -> str:
+        model = nn.Sequential(OrderedDict(layer=layer, act=nn.Tanh())).double()
+        plan = fz.Plan([fz.Input("x", ("batch", *shape), "float64")], [fz.OFT(at="layer", block_size=size), *more])
+        with pytest.raises(fz.PlanError) as caught:
+            fz.adapt(model, plan, verify="off")
+        return str(caught.value)
+
+    assert "layer has a window of 3×1, and what OFT" in refused(nn.Conv2d(4, 4, (3, 1)), 2, 4, 7, 7)
+    assert "layer has 4 features, which blocks of 3 do not divide" in refused(nn.Linear(4, 5), 3, 4)
+    assert "layer has 2 features in a group, which blocks of 4" in refused(nn.Conv1d(4, 4, 1, groups=2), 4, 4, 5)
+    layers = OrderedDict(a=nn.Conv1d(4, 4, 3, padding=1), b=nn.Conv1d(4, 4, 1))
+    plan = fz.Plan([fz.Input("x", ("batch", 4, 5))], [fz.OFT(at=["a", "b"], block_size=2)])
+    net = fz.adapt(nn.Sequential(layers), plan, verify="off")
+    assert [(row.site, row.outcome) for row in net.ledger] == [("a", "refused"), ("b", "rewritten")]
 
 
 # ---- parameters
@@ -336,13 +419,36 @@ def test_bad_weights_are_refused(trained: Any, tmp_path: Any) -> None:
     message = load(model, net, file, {"layer.lora_A": a, "layer.lora_C": b})
     assert "missing: layer.lora_B" in message and "unexpected: layer.lora_C" in message
     assert "adapters.lora.<module path>.lora_A" in message
-    peft = {"base_model.model.layer.lora_A.weight": a, "base_model.model.layer.lora_B.weight": b}
-    assert "peft names its own" in load(model, net, file, peft)
+    parts = [(path, *part) for path in ("layer", "fc") for part in (("A", a), ("B", b))]
+    peft = {f"base_model.model.{path}.lora_{part}.weight": value.clone() for path, part, value in parts}
+    message = load(model, net, file, peft)
+    assert "unexpected: base_model.model.fc.lora_A.weight" in message and "fxfreeze.from_peft" in message
     assert "NaN or Inf" in load(model, net, file, {"layer.lora_A": a / 0, "layer.lora_B": b})
     assert "floating" in load(model, net, file, {"layer.lora_A": a.long(), "layer.lora_B": b})
     file.write_bytes(b"PK\x03\x04 a pickle")
     assert "not a safetensors file" in load(model, net, file)
     assert "no such weights file" in load(model, net, tmp_path / "none.safetensors")
+
+
+def test_a_file_of_vera_holds_the_matrices_its_gains_were_trained_with(tmp_path: Any) -> None:
+    model, net, x = one(nn.Linear(4, 5), fz.VeRA(at="layer", rank=3, seed=5))
+    assert len(list(net.parameters())) == 2 and not net.temperatures
+    train(net)
+    file = tmp_path / "vera.safetensors"
+    net.save_adapters(file)
+    stored = safetensors.torch.load_file(file)
+    assert {"settings.vera.vera_A", "settings.vera.vera_B"} < stored.keys()
+    again = fz.adapt(model, fz.Plan(net.plan.inputs, [fz.VeRA(at="layer", rank=3, seed=5, weights=file)]), verify="off")
+    assert torch.equal(again(x), net(x))
+    other = one(copy.deepcopy(model.layer), fz.VeRA(at="layer", rank=3, seed=6))[1]
+    short = tmp_path / "short.safetensors"
+    safetensors.torch.save_file({key: value for key, value in stored.items() if key.startswith("adapters.")}, short)
+    other.load_adapters(short)  # the gains alone mean something else beside other matrices
+    assert not torch.allclose(other(x), net(x), atol=1e-3)
+    small = {"layer.lambda_b": torch.zeros(5), "layer.lambda_d": torch.zeros(3), "base_model.vera_A": torch.zeros(3, 2)}
+    safetensors.torch.save_file(small, short)
+    with pytest.raises(fz.PlanError, match=r"vera_A has shape \(3, 2\), but at least \(3, 4\) is needed"):
+        fz.adapt(model, fz.Plan(net.plan.inputs, [fz.VeRA(at="layer", rank=3, weights=short)]), verify="off")
 
 
 def test_weights_that_were_trained_with_another_scale_are_refused(trained: Any) -> None:

@@ -1,4 +1,4 @@
-"""Folding of LoRA, DoRA and IA3: proven, compared with peft and with weights by hand, and wrong folds caught."""
+"""Folding of LoRA, DoRA, IA3, VeRA and OFT: proven, compared with peft and with weights by hand; wrong ones caught."""
 
 from __future__ import annotations
 
@@ -83,6 +83,7 @@ STEPS: dict[str, list[Any]] = {
     "dora": [fz.DoRA(at=EVERY, rank=2, alpha=3)],
     "ia3-out": [fz.IA3(at=EVERY)],
     "ia3-in": [fz.IA3(at=EVERY, side="in")],
+    "vera": [fz.VeRA(at=EVERY, rank=2)],
     "lora, ia3-in": [fz.LoRA(at=EVERY, rank=2), fz.IA3(at=EVERY, side="in")],
     "ia3-out, lora, lora": [fz.IA3(at=EVERY), fz.LoRA(at=EVERY, rank=2), fz.LoRA(at=EVERY, rank=1)],
     "ia3-in, dora, lora, ia3-out": [
@@ -286,9 +287,25 @@ def other_side(step: Any, operator: Any, weight: Tensor, bias: Any, values: dict
     return changed(fz.IA3(at="x", side=side), operator, weight, bias, values)
 
 
+def rotated_back(step: Any, operator: Any, weight: Tensor, bias: Any, values: dict[str, Tensor]) -> Any:
+    return changed(step, operator, weight, bias, {"oft_R": -values["oft_R"]})
+
+
+def series_of_the_transform(step: Any, operator: Any, weight: Tensor, bias: Any, values: dict[str, Tensor]) -> Any:
+    return changed(step.model_copy(update={"terms": 6}), operator, weight, bias, values)
+
+
+def other_columns(step: Any, operator: Any, weight: Tensor, bias: Any, values: dict[str, Tensor]) -> Any:
+    return changed(step, operator, weight, bias, values | {"vera_A": values["vera_A"].flip(1)})
+
+
 @pytest.mark.parametrize(
     ("step", "mistake"),
     [
+        (fz.OFT(at="twice", block_size=4), rotated_back),
+        (fz.OFT(at="embed", block_size=2), rotated_back),
+        (fz.OFT(at="c1d", block_size=3, terms=5), series_of_the_transform),
+        (fz.VeRA(at=["twice", "up"], rank=2), other_columns),
         (fz.LoRA(at="twice", rank=4), scale_off),
         (fz.LoRA(at="twice", rank=4), transposed),
         (fz.LoRA(at="twice", rank=4), bias_scaled),
@@ -361,6 +378,9 @@ def theirs_name(path: str, leaf: str, known: Mapping[str, Tensor]) -> str:
         "lora_B": ("lora_B.default.weight", "lora_embedding_B.default"),
         "lora_magnitude": ("lora_magnitude_vector.default.weight",),
         "ia3": ("ia3_l.default",),
+        "lambda_b": ("vera_lambda_b.default",),
+        "lambda_d": ("vera_lambda_d.default",),
+        "oft_R": ("oft_R.default.weight", "oft_embedding_R.default.weight"),
     }[leaf]
     return next(name for tail in leaves if (name := f"base_model.model.{path}.{tail}") in known)
 
@@ -403,10 +423,22 @@ def configurations() -> dict[str, tuple[Any, list[Any]]]:
             peft.IA3Config(target_modules=NAMES[1:], feedforward_modules=["fc"]),
             [fz.IA3(at=["c1d", "conv"]), fz.IA3(at="fc", side="in")],
         ),
+        "vera": (
+            peft.VeraConfig(r=3, target_modules=["c1d", "fc"], projection_prng_key=4),
+            [fz.VeRA(at=["c1d", "fc"], rank=3, seed=4)],
+        ),
+        "oft": (
+            peft.OFTConfig(oft_block_size=2, target_modules=["embed", "fc"], use_cayley_neumann=False),
+            [fz.OFT(at=["embed", "fc"], block_size=2)],
+        ),
+        "oft_series": (
+            peft.OFTConfig(oft_block_size=4, target_modules=["embed", "fc"], block_share=True),
+            [fz.OFT(at=["embed", "fc"], block_size=4, share=True, terms=5)],
+        ),
     }
 
 
-@pytest.mark.parametrize("name", ["lora", "rslora", "dora", "ia3"])
+@pytest.mark.parametrize("name", ["lora", "rslora", "dora", "ia3", "vera", "oft", "oft_series"])
 @pytest.mark.filterwarnings("ignore")
 def test_values_gradients_and_fold_are_those_of_peft(name: str) -> None:
     config, steps = configurations()[name]
