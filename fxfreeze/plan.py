@@ -18,7 +18,7 @@ import os
 import re
 import sys
 import tomllib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, Union
 
@@ -126,12 +126,17 @@ def _path(value: Any) -> str:
     return path
 
 
+def _paths(value: Any) -> str | tuple[str, ...]:
+    return tuple(map(_path, value)) if isinstance(value, list | tuple) else _path(value)
+
+
 Symbol = Annotated[str, BeforeValidator(_symbol)]
 Number = Annotated[int | float, BeforeValidator(_number)]
 Count = Annotated[int, Strict(), Field(ge=1)]
 Flag = Annotated[bool, Strict()]
 Text = Annotated[str, Strict(), Field(min_length=1)]
 Weights = Annotated[str, BeforeValidator(_path)]
+WeightFiles = Annotated[str | tuple[str, ...], BeforeValidator(_paths)]
 Size = Annotated[int | str, BeforeValidator(_size)]
 
 if TYPE_CHECKING:
@@ -332,9 +337,39 @@ class _LowRank(_FromPeft):
 
 
 class LoRA(_LowRank):
-    """W + scale · B·A (Hu et al. 2021); with `rslora` the scale of Kalajdzievski 2023."""
+    """W + scale · B·A (Hu et al. 2021); with `rslora` the scale of Kalajdzievski 2023.
+
+    With `adapters`, every site has as many A and B, and the model gets an input more, `select`: integers, one per row
+    of the batch (the first dim of the plan's first input). 0 is the model without an adapter, k the k-th of them. They
+    stay beside the weight, so that rows of one batch may differ; :meth:`fxfreeze.Artifact.add_adapter` adds more to
+    what was compiled.
+    """
 
     kind: Literal["lora"] = Field(default="lora", description="Low-rank update.", kw_only=True)
+    adapters: Count | None = Field(
+        default=None, description="Number of adapters, of which every row of a batch names one, or none of them by 0."
+    )
+    select: Symbol = Field(
+        default="adapter",
+        description="Name of the input that names every row's adapter; steps with as many adapters may share it.",
+    )
+    weights: WeightFiles | None = Field(  # type: ignore[assignment]
+        default=None,
+        description="Path of a safetensors file with the trained adapter, relative to the plan's folder; with "
+        "`adapters` a list of them, one per adapter, each of this rank or a smaller one, or one file with all of "
+        "them. Without it the adapter starts as an update of zero.",
+    )
+
+    @property
+    def selection(self) -> tuple[str, int] | None:
+        return None if self.adapters is None else (self.select, self.adapters + 1)
+
+    def _problems(self) -> Iterator[Problem]:
+        yield from super()._problems()
+        files = None if isinstance(self.weights, str | None) else len(self.weights)
+        if files is not None and files != self.adapters:
+            have = "no adapters are asked for" if self.adapters is None else f"there are {self.adapters} adapters"
+            yield "weights", f"lists {files} files, but {have}; a list has one per adapter"
 
 
 class DoRA(_LowRank):
@@ -861,16 +896,15 @@ class Plan(Record):
         for i, step in enumerate(self.steps):
             if step.selection is None:
                 continue
-            select, count = step.selection
-            key = "modes" if isinstance(step, Gate) else "tasks"
+            (select, _), key = step.selection, _key(step)
             if select in tops:
                 yield f"steps[{i}].select", f"{select!r} is an input of the model; choose another name"
             other = self.steps[first.setdefault(select, i)]
             if other.selection != step.selection:
                 yield (
                     f"steps[{i}].{key}",
-                    f"{step.name!r} has {count} {key} by {select!r}, but {other.name!r} (steps[{first[select]}]) "
-                    f"has {(other.selection or step.selection)[1]} by it; give one of them another select",
+                    f"{step.name!r} has {_choices(step)} by {select!r}, but {other.name!r} "
+                    f"(steps[{first[select]}]) has {_choices(other)} by it; give one of them another select",
                 )
             if self.inputs and not self.inputs[0].shape:
                 yield (
@@ -903,8 +937,8 @@ class Plan(Record):
         file = Path(path)
         data = _read(file)
         for step in data.get("steps", ()) if isinstance(data.get("steps"), list) else ():
-            if isinstance(step, dict) and isinstance(step.get("weights"), str) and step["weights"].strip():
-                step["weights"] = os.path.abspath(file.parent / step["weights"])
+            if isinstance(step, dict) and "weights" in step:
+                step["weights"] = _each(lambda path: _absolute(path, file.parent), step["weights"])
         try:
             return cls.model_validate(data)
         except PlanError as error:
@@ -922,13 +956,24 @@ class Plan(Record):
         data = self.to_dict()
         for step in data["steps"]:
             if "weights" in step:
-                step["weights"] = _portable(step["weights"], file.parent)
+                step["weights"] = _each(lambda path: _portable(path, file.parent), step["weights"])
         _write(file, data)
 
     @classmethod
     def json_schema(cls) -> dict[str, Any]:
         """The JSON schema (draft 2020-12) of plan files, for editors and validators."""
         return {"$schema": "https://json-schema.org/draft/2020-12/schema", **cls.model_json_schema()}
+
+
+def _key(step: Step) -> str:
+    """The key that says how many alternatives there are to choose from."""
+    return "adapters" if isinstance(step, LoRA) else "modes" if isinstance(step, Gate) else "tasks"
+
+
+def _choices(step: Step) -> str:
+    if isinstance(step, LoRA):
+        return f"{step.adapters} adapters and none"
+    return f"{(step.selection or ('', 0))[1]} {_key(step)}"
 
 
 def _repeats(path: str, values: Sequence[str | None]) -> Iterator[Problem]:
@@ -953,6 +998,16 @@ def _misnested(names: Sequence[str]) -> Iterator[Problem]:
             first = next(i for i, name in enumerate(names) if name.startswith(parent + "."))
             text = f"items of the list {parent!r} must be 0 to {len(keys) - 1}, got {', '.join(sorted(keys))}"
             yield f"inputs[{first}].name", text
+
+
+def _each(change: Callable[[Any], Any], weights: Any) -> Any:
+    """`change` of a path, or of every path in a list."""
+    return [change(path) for path in weights] if isinstance(weights, list) else change(weights)
+
+
+def _absolute(weights: Any, folder: Path) -> Any:
+    """What is no path stays, for the check that says so."""
+    return os.path.abspath(folder / weights) if isinstance(weights, str) and weights.strip() else weights
 
 
 def _portable(weights: str, folder: Path) -> str:

@@ -70,6 +70,9 @@ FROZEN = "frozen."
 FIRES = "FIRES"
 """`Origin.primitive` of the comparison that says which neurons of a gate fire."""
 
+BANK = "BANK"
+"""`Origin.primitive` of a constant that holds one matrix of all adapters that rows select from; see banks.py."""
+
 GATE_FACTS = ("kept", "neurons", "share")
 """What passes note in the ``meta`` of a gate's node: see :class:`fxfreeze.firing.GateRow`."""
 

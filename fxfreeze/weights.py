@@ -17,9 +17,11 @@ import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from .errors import PlanError
-from .plan import Plan, Step, write_file
+from .plan import LoRA, Plan, Step, write_file
+from .program import ADAPTERS
 
 KIND, FORMAT = "fxfreeze.adapters", 1
 """What the metadata of an adapter file says it is, and the version of its layout; a newer one is refused."""
@@ -131,6 +133,94 @@ def check_metadata(metadata: Mapping[str, str], steps: Iterable[Step], where: st
                 where=where,
                 hint=f"trained numbers mean the same only with the same {', '.join(['kind', *step.meaning])}",
             )
+
+
+class Lone:
+    """One adapter out of many: the LoRA of one module, from a file of its own or a dict, for a place in a bank.
+
+    A key is ``<module path>.<leaf>``, with or without ``adapters.<any step>.``: the adapter may have been trained under
+    another name than the bank has. A file of ours says with which scale; other numbers have the bank's.
+
+    Raises:
+        PlanError: the file cannot be read, or does not hold a LoRA.
+    """
+
+    def __init__(self, state: str | os.PathLike[str] | Mapping[str, Tensor], where: str = "") -> None:
+        metadata: dict[str, str] = {}
+        if isinstance(state, Mapping):
+            self.stored, self.where = dict(state), where
+        else:
+            (self.stored, metadata), self.where = read(state), os.fspath(state)
+        self.trained: dict[str, dict[str, Any]] = {}
+        if metadata.get("format") == KIND:
+            check_metadata(metadata, [], self.where)
+            self.trained = json.loads(metadata["steps"])
+            self._refuse_others()
+        self._asked: dict[str, None] = {}
+
+    def _refuse_others(self) -> None:
+        kinds = {name: step.get("kind") for name, step in self.trained.items()}
+        if wrong := [f"{name} ({kind})" for name, kind in kinds.items() if kind != "lora"]:
+            raise PlanError(f"holds more than a LoRA: {', '.join(wrong)}", where=self.where)
+
+    def pair(
+        self, step: LoRA, site: str, a_shape: Sequence[int] | None = None, b_shape: Sequence[int] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """A [rank, in] and scale · B [out, rank] of `step` at `site` in float64, zeros where its rank is smaller.
+
+        Args:
+            a_shape, b_shape: what they must have at the rank of `step`; None: whatever is there.
+
+        Raises:
+            PlanError: a key is missing or another shape, not floating, NaN or Inf, or the rank is larger.
+        """
+        (a_key, a), (b_key, b) = (self._find(step, site, leaf) for leaf in ("lora_A", "lora_B"))
+        rank = int(a.shape[0]) if a.ndim else 0
+        if rank > step.rank:
+            raise PlanError(
+                f"{a_key} has rank {rank}, but the adapters have rank {step.rank} at most", where=self.where,
+                hint="compile with the largest rank there is: smaller ones are filled up with zeros",
+            )  # fmt: skip
+        inner = a.shape[1:] if a_shape is None else a_shape[1:]
+        outer = b.shape[:1] if b_shape is None else b_shape[:1]
+        check(a_key, a, (rank, *inner), self.where)
+        check(b_key, b, (*outer, rank), self.where)
+        scale = self._scale(a_key, step)
+        missing = step.rank - rank
+        return pad(a.detach().double(), (0, 0, 0, missing)), scale * pad(b.detach().double(), (0, missing))
+
+    def finish(self) -> None:
+        """Check that every key was asked for.
+
+        Raises:
+            PlanError: lists the others.
+        """
+        check_keys(list(self._asked), list(self.stored), self.where)
+
+    def _find(self, step: LoRA, site: str, leaf: str) -> tuple[str, Tensor]:
+        full, short = f"{ADAPTERS}{step.name}.{site}.{leaf}", f"{site}.{leaf}"
+        keys = [full] if full in self.stored else [key for key in self.stored if key in _spellings(key, short)]
+        if len(keys) > 1:
+            raise PlanError(f"both {' and '.join(keys)} may be {full}", where=self.where, hint="use the full name")
+        if not keys:
+            others = [key for key in self.stored if key not in self._asked]
+            raise PlanError(
+                f"the file does not fit the adapters: missing {short}", where=self.where,
+                hint=f"it holds {', '.join(others[:4]) or 'nothing else'}; keys are named like {full}, or {short}",
+            )  # fmt: skip
+        self._asked[keys[0]] = None
+        return keys[0], self.stored[keys[0]]
+
+    def _scale(self, key: str, step: LoRA) -> float:
+        name = key.removeprefix(ADAPTERS).partition(".")[0] if key.startswith(ADAPTERS) else ""
+        known = self.trained.get(name) or (next(iter(self.trained.values())) if len(self.trained) == 1 else {})
+        return float(known.get("scale", step.scale))
+
+
+def _spellings(key: str, short: str) -> tuple[str, str]:
+    """`short` as such, and under the step that `key` names."""
+    step = key.removeprefix(ADAPTERS).partition(".")[0]
+    return short, f"{ADAPTERS}{step}.{short}"
 
 
 def _meaning(step: Step) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from .adapt.delta import InsertDelta
 from .adapt.gate import InsertGates
 from .adapt.prefix import InsertPrefix
 from .adapt.prompt import InsertPrompt
+from .adapt.selected import InsertSelected
 from .adapt.splice import InsertSplice
 from .adapt.tap import InsertTaps
 from .adapt.tversky import InsertTversky
@@ -26,14 +27,17 @@ from .fold.codebook import FoldCodebook
 from .fold.delta import FoldDelta
 from .fold.gate import FoldGate
 from .fold.row_constants import DropRowConstants
+from .fold.selected import FoldSelected
 from .fold.tversky import FoldTversky
 from .freeze.harden import Harden
 from .fuse.gated_linear import FuseGatedLinear
 from .fuse.parallel import MergeParallel
+from .fuse.selected import SelectForm
 from .fuse.sparse_down import SparseDown
 from .lower.gates import InlineGates
 from .lower.merge import MergeConstants
 from .lower.round import Round
+from .lower.selected import InlineSelected
 from .prune.dead_neurons import DeadNeurons
 
 PIPELINE: tuple[Pass, ...] = (
@@ -49,6 +53,7 @@ PIPELINE: tuple[Pass, ...] = (
     InsertPrompt(),
     InsertPrefix(),
     InsertTversky(),
+    InsertSelected(),
     InsertDelta(),
     InsertSplice(),
     InsertGates(),
@@ -58,6 +63,7 @@ PIPELINE: tuple[Pass, ...] = (
     Harden(),
     # fold: one operator where the model, or an adapter, has several; in float64
     FoldDelta(),
+    FoldSelected(),
     FoldTversky(),
     DropRowConstants(),
     FoldLateConstants(),
@@ -71,8 +77,10 @@ PIPELINE: tuple[Pass, ...] = (
     SparseDown(),
     FuseGatedLinear(),
     MergeParallel(),
+    SelectForm(),
     # lower: plain operators, and constants as they are stored
     InlineGates(),
+    InlineSelected(),
     MergeConstants(),
     Round(),
 )

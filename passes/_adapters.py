@@ -25,6 +25,8 @@ HEAD = "HEAD"
 """… what takes the operator's place,"""
 GATE = "GATE"
 """… a gate,"""
+SELECTED = "SELECTED"
+"""… what rows select, and add to the rest of their site,"""
 SPLICE = "SPLICE"
 """… part of a module that was grafted,"""
 TOKENS = "TOKENS"
@@ -50,7 +52,8 @@ def split_name(name: str) -> tuple[str, str]:
 def describe(step: Step) -> str:
     """The step in a few words."""
     if isinstance(step, LoRA | DoRA):
-        return f"{type(step).__name__} rank {step.rank}, scale {step.scale:g}"
+        adapters = f", {step.adapters} adapters by {step.select!r}" if isinstance(step, LoRA) and step.adapters else ""
+        return f"{type(step).__name__} rank {step.rank}, scale {step.scale:g}{adapters}"
     if isinstance(step, VeRA):
         return f"VeRA rank {step.rank}"
     if isinstance(step, OFT):

@@ -172,7 +172,7 @@ def test_edges_that_are_fine() -> None:
          "steps[0].rank: must be a valid integer, got 1.5"),
         ({"steps": [{"kind": "lora", "at": "a", "rank": 1, "rnak": 2}]},
          "steps[0].rnak: unknown key (did you mean rank?); known keys: "
-         "kind, at, name, rank, alpha, rslora, weights"),
+         "kind, at, name, rank, alpha, rslora, weights, adapters, select"),
         ({"steps": [{"kind": "lora", "at": "a", "rank": 1, "rslora": 1}]},
          "steps[0].rslora: must be a valid boolean, got 1"),
         ({"steps": [{"kind": "lroa", "at": "a"}]},
@@ -193,6 +193,24 @@ def test_edges_that_are_fine() -> None:
         ({"steps": [{"kind": "oft", "at": "a", "block_size": 2, "eps": 0}]}, "steps[0].eps: must be > 0, got 0"),
         ({"steps": [{"kind": "vera", "at": "a", "rank": 2, "seed": -1}]}, "steps[0].seed: must be ≥ 0, got -1"),
         ({"steps": [{"kind": "replace", "at": "a"}]}, "steps[0].weights: missing, but required"),
+        ({"steps": [{"kind": "lora", "at": "a", "rank": 1, "adapters": 2, "weights": ["a", ""]}]},
+         "steps[0].weights: must be the path of a file, got ''"),
+        ({"steps": [{"kind": "lora", "at": "a", "rank": 1, "adapters": 0}]},
+         "steps[0].adapters: must be ≥ 1, got 0"),
+        ({"steps": [{"kind": "lora", "at": "a", "rank": 1, "adapters": 2, "weights": ["a", "b", "c"]}]},
+         "steps[0].weights: lists 3 files, but there are 2 adapters; a list has one per adapter"),
+        ({"steps": [{"kind": "lora", "at": "a", "rank": 1, "weights": ["a"]}]},
+         "steps[0].weights: lists 1 files, but no adapters are asked for; a list has one per adapter"),
+        ({"steps": [LoRA("a", 1, adapters=2, select="x")]},
+         "steps[0].select: 'x' is an input of the model; choose another name"),
+        ({"steps": [LoRA("a", 1, adapters=2, select="k"), Gate("b", modes=2, select="k")]},
+         "steps[1].modes: 'gate' has 2 modes by 'k', but 'lora' (steps[0]) has 2 adapters and none by it; "
+         "give one of them another select"),
+        ({"steps": [LoRA("a", 1, adapters=2), LoRA("b", 1, adapters=3, name="more")]},
+         "steps[1].adapters: 'more' has 3 adapters and none by 'adapter', but 'lora' (steps[0]) has 2 adapters and "
+         "none by it; give one of them another select"),
+        ({"inputs": [Input("x", [])], "steps": [LoRA("a", 1, adapters=2)]},
+         "steps[0].adapters: the first input, 'x', has no dim, so there are no rows to select for"),
         ({"steps": [{"kind": "ia3", "at": ""}]},
          "steps[0].at: must be a glob over module paths such as 'layer*.conv1', got ''"),
         ({"steps": [{"kind": "ia3", "at": ["a", 3]}]},
@@ -380,7 +398,11 @@ def steps(draw: st.DrawFn, *, rows: bool) -> Step:
                     modes=modes, select=f"fxfreeze_mode_{modes}", weights=weights)  # fmt: skip
     kind = draw(st.sampled_from([LoRA, DoRA]))
     alpha = draw(st.one_of(st.none(), floats.filter(bool), st.integers(1, 10**6)))
-    return kind(at, draw(st.integers(1, 10**6)), alpha, draw(st.booleans()), weights)
+    many: dict[str, Any] = {}
+    if kind is LoRA and rows and (count := draw(st.integers(0, 3))):
+        weights = draw(st.sampled_from([weights, tuple(f"/a/{i}.safetensors" for i in range(count))]))
+        many = {"adapters": count, "select": f"fxfreeze_adapter_{count}"}
+    return kind(at, draw(st.integers(1, 10**6)), alpha, draw(st.booleans()), weights, **many)
 
 
 @st.composite
@@ -408,6 +430,15 @@ def test_any_plan_survives_a_file(tmp_path: Path, plan: Plan, suffix: str) -> No
     plan.save(tmp_path / f"plan{suffix}")
     assert Plan.load(tmp_path / f"plan{suffix}") == plan
     assert Plan.model_validate(plan.to_dict()) == plan
+
+
+def test_selects_of_adapters_and_modes() -> None:
+    steps = [LoRA("a", 1, adapters=2), LoRA("b", 4, adapters=2), Gate("c", modes=3, select="adapter"),
+             LoRA("d", 1, adapters=5, select="style"), LoRA("e", 1)]  # fmt: skip
+    plan = Plan([Input("x", shape=("batch", 3))], steps)
+    assert [(item.name, item.shape, item.low, item.high) for item in plan.selects] == [
+        ("adapter", ("batch",), 0, 2), ("style", ("batch",), 0, 5),
+    ]  # fmt: skip
 
 
 def test_weights_move_with_the_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -100,7 +100,8 @@ class Source:
     """
 
     def __init__(self, step: Step, steps: Iterable[Step]) -> None:
-        self.step, self.file = step, getattr(step, "weights", None)
+        given = getattr(step, "weights", None)
+        self.step, self.file = step, given if isinstance(given, str) else None
         self.stored: dict[str, Tensor] = {}
         if self.file is not None:
             self.stored, metadata = weights.read(self.file)

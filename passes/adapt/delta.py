@@ -65,7 +65,10 @@ class InsertDelta(Pass):
     name, stage, exact = "insert-delta", "adapt", False
 
     def run(self, program: Program, ctx: Context) -> int:
-        steps = [(i, step) for i, step in enumerate(ctx.plan.steps) if isinstance(step, DeltaStep)]
+        steps = [
+            (i, step) for i, step in enumerate(ctx.plan.steps)
+            if isinstance(step, DeltaStep) and step.selection is None
+        ]  # fmt: skip
         if not steps:
             return 0
         # All globs are resolved on the user's graph: an inserted LoRA is made of linear layers too.

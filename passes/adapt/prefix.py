@@ -88,7 +88,7 @@ class InsertPrefix(Pass):
         steps = [(index, step) for index, step in enumerate(ctx.plan.steps) if isinstance(step, Prefix)]
         if not steps:
             return 0
-        offers, count, names = find_attentions(program), 0, [step.name for step in ctx.plan.steps]
+        offers, count = find_attentions(program), 0
         requests = [(step, *resolve(offers, step, index)) for index, step in steps]
         where = positions(program, _fills(program))
         for step, taken, refused in requests:

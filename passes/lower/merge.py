@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch.fx import Node
 
-from fxfreeze.program import Program
+from fxfreeze.program import BANK, Origin, Program
 from fxfreeze.rewrite import Context, Pass
 
 _PROBES = 8
@@ -13,7 +13,10 @@ _WORTH = 4096  # bytes; fewer are not worth the confusion of one name for two th
 
 
 class MergeConstants(Pass):
-    """Let constants of the same dtype, shape and bits share one tensor; those whose rounding is measured stay apart."""
+    """Let constants of the same dtype, shape and bits share one tensor; those whose rounding is measured stay apart.
+
+    So do the adapters that rows select from: equal now (untrained, say), they are filled up one by one.
+    """
 
     name, stage = "merge-constants", "lower"
 
@@ -21,7 +24,7 @@ class MergeConstants(Pass):
         groups: dict[object, list[Node]] = {}
         count = 0
         for node in program.graph.nodes:
-            if node.op != "get_attr" or str(node.target) in program.folds:
+            if node.op != "get_attr" or str(node.target) in program.folds or _is_bank(node):
                 continue
             value = program.state[str(node.target)]
             if value.nbytes < _WORTH:
@@ -34,6 +37,11 @@ class MergeConstants(Pass):
                 node.target = twin.target
                 count += 1
         return count
+
+
+def _is_bank(node: Node) -> bool:
+    origin = node.meta.get("fxfreeze")
+    return isinstance(origin, Origin) and origin.primitive == BANK
 
 
 def _key(value: torch.Tensor, node: Node) -> object:
