@@ -5,6 +5,7 @@
     manifest.json           what is here and why it can be trusted; lists every other file with its SHA-256
     program/program.json    the Program as data (see serialize.py): run by the torch target, compared with by check()
     program/weights.safetensors
+    adapters/0.safetensors  adapters that rows select from, if any; see banks.py
     aoti/model.pt2          when the plan asks for it
     onnx/model.onnx         when the plan asks for it
 
@@ -29,6 +30,7 @@ import shutil
 import tempfile
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -36,14 +38,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import parity
+from . import banks, parity, weights
 from ._version import __version__
 from .binding import build, check_inputs, flatten_inputs, format_shape, top_level
 from .emit import EMITTERS, PROGRAM, Runner
-from .errors import ArtifactError, FxfreezeError
+from .errors import ArtifactError, FxfreezeError, PlanError
 from .firing import fired, gate_rows
 from .lower import Lowering
-from .plan import Plan
+from .plan import Gate, LoRA, Plan
 from .program import Program
 from .serialize import Interface, load_program, save_program
 
@@ -61,7 +63,7 @@ class Artifact:
     Made by ``fxfreeze.compile`` or ``fxfreeze.load``. Attributes:
         folder: where its files are; a private temporary folder, removed with the artifact, unless it was loaded.
         manifest: the record, JSON-able (keys: format, fxfreeze, versions, machine, plan, interface, structural_hash,
-            gates, targets, default, passes, proofs, ledger, parity, scores, sizes, files, digest).
+            gates, adapters, targets, default, passes, proofs, ledger, parity, scores, sizes, files, digest).
         interface: names, dtypes, shapes and dims of inputs and outputs.
     """
 
@@ -71,6 +73,7 @@ class Artifact:
         self._names = [spec.name for spec in self.interface.inputs]
         self._runners: dict[str, Runner] = {}
         self._program: Program | None = None
+        self._shelf = _shelf(folder, self.manifest)
 
     # ------------------------------------------------------------------ making
 
@@ -118,16 +121,20 @@ class Artifact:
             if evaluate is not None:
                 say("evaluating the model")
                 scores[parity.MODEL] = float(evaluate(_nested(Interface.of(program), reference or program.run)))
-            facts = _emit(program, plan.targets, folder, examples, say)
+            found = banks.banks(program, plan)
+            facts = _emit(program, found, plan.targets, folder, examples, say)
+            shelf = banks.Shelf(list(found), folder / banks.FOLDER / "0.safetensors", _by_name(found))
+            if found:
+                shelf.write()
             for name in plan.targets:
                 say(f"checking {name}")
-                runner = EMITTERS[name].load(folder / EMITTERS[name].folder, Interface.of(program))
+                runner = _load(name, folder, Interface.of(program), lambda: shelf)
                 rows += parity.check_target(name, runner, program, draws)
                 if evaluate is not None:
                     say(f"evaluating {name}")
                     scores[name] = float(evaluate(_nested(Interface.of(program), runner)))
                 del runner  # one target in memory at a time
-            manifest = _manifest(program, plan, facts, folder)
+            manifest = _manifest(program, plan, list(found), facts, folder)
             manifest |= {
                 "passes": _rows(passes),
                 "proofs": _rows(proofs),
@@ -194,17 +201,20 @@ class Artifact:
         return self._runners[name]
 
     def _load(self, name: str) -> Runner:
-        folder = self._entry(name)
+        self._entry(name)
         if name == "aoti":
             _refuse_other_machine(self.manifest["machine"])
-        return EMITTERS[name].load(folder, self.interface)
+        return _load(name, self.folder, self.interface, lambda: self._shelf)
 
-    def _entry(self, name: str | None) -> Path:
+    def _entry(self, name: str | None) -> None:
         if name is None:
             raise ArtifactError("the plan names no targets, so there is nothing to run")
         if name not in self.manifest["targets"] or name not in EMITTERS:
             raise ArtifactError(f"there is no target {name!r} here, only {', '.join(self.targets)}")
-        return self.folder / EMITTERS[name].folder
+
+    def _stored(self) -> Program:
+        """The program with the adapters that there are now."""
+        return banks.closed(load_program(self.folder / PROGRAM, shapes=False), self.interface, self._shelf.values)
 
     def check(self, examples: Sequence[Tensor] | None = None) -> list[parity.ParityRow]:
         """Hash the files and compare every target, loaded anew, with the stored program in float64.
@@ -216,7 +226,7 @@ class Artifact:
             ArtifactError: an altered file, or a target that disagrees.
         """
         _verify_files(self.folder, self.manifest)
-        program = load_program(self.folder / PROGRAM, shapes=False)
+        program = self._stored()
         draws = parity.draw(program, examples=examples)
         rows: list[parity.ParityRow] = []
         for name in self.targets:
@@ -241,8 +251,133 @@ class Artifact:
         if "gates" not in self.manifest:
             raise ArtifactError("it was compiled before gates were recorded", hint="compile it anew")
         if self._program is None:
-            self._program = load_program(self.folder / PROGRAM, shapes=False)
+            self._program = self._stored()
         return fired(self._program, self.manifest["gates"], flat)
+
+    # ------------------------------------------------------------------ adapters
+
+    @property
+    def adapters(self) -> dict[str, int]:
+        """Names of the adapters that rows select from → the id that selects each. Id 0 is the base without one.
+
+        Those that it was compiled with are called ``<select>_1``, ``<select>_2``, …
+        """
+        named = (self.manifest.get("adapters") or {}).get("names", {})
+        return {name: id for names in named.values() for id, name in enumerate(names, 1)}
+
+    def add_adapter(
+        self, name: str, state: str | os.PathLike[str] | Mapping[str, Tensor], *, select: str | None = None
+    ) -> int:
+        """Add one adapter, for every target, without compiling anything.
+
+        The artifact's folder is written to at once, in one step: a killed call leaves what was there. The ONNX file
+        itself stays as it is: run without fxfreeze it knows the adapters it was compiled with, and takes the tensors of
+        ``adapters/*.safetensors`` as inputs of the same names for more. :meth:`check` compares all targets anew.
+
+        Args:
+            name: what :attr:`adapters` calls it.
+            state: a LoRA of the same sites: a file that ``save_adapters`` of a module with one LoRA wrote, any
+                safetensors file, or tensors by name. Keys are ``<module path>.lora_A`` [rank, in] and ``lora_B``
+                [out, rank], with or without ``adapters.<step>.`` in front, in a floating dtype; they are rounded to the
+                dtype of the layer. The rank is the plan's or smaller. A file of ours says its scale, else it is the
+                plan's.
+            select: which input is to select it, where the plan has several.
+
+        Returns:
+            The id.
+
+        Raises:
+            ArtifactError: the name is taken, keys or shapes differ, the rank is larger, values are not finite, gates
+                share the input, or the folder was changed by someone else.
+        """
+        select = self._select_of(name, select)
+        if _read_manifest(self.folder)["digest"] != self.manifest["digest"]:
+            raise ArtifactError(
+                "the folder was changed since it was loaded", where=str(self.folder), hint="load it anew"
+            )
+        names = self.manifest["adapters"]["names"]
+        try:
+            rows = self._rows_of(weights.Lone(state, where=name), select)
+        except PlanError as error:
+            raise ArtifactError(error.what, where=error.where, hint=error.hint) from error
+        number = sum(map(len, names.values())) + 1
+        shelf = self._shelf.extended(rows, self.folder / banks.FOLDER / f"{number}.safetensors")
+        named = {**names, select: [*names[select], name]}
+        self._publish(shelf, named, select)
+        return len(named[select])
+
+    def _select_of(self, name: str, select: str | None) -> str:
+        """The input to select `name` by, if there may be such an adapter."""
+        recorded = self.manifest.get("adapters")
+        if not recorded:
+            raise ArtifactError("it was compiled without adapters to select", hint="compile it with LoRA(adapters=...)")
+        if not isinstance(name, str) or not name or name in self.adapters:
+            raise ArtifactError(f"an adapter is called {name!r} already" if name in self.adapters else
+                                f"an adapter needs a name, got {name!r}")  # fmt: skip
+        known = list(recorded["names"])
+        if select is None and len(known) > 1:
+            raise ArtifactError(f"adapters are selected by {' and '.join(known)}", hint="say which with select=")
+        select = known[0] if select is None else select
+        if select not in known:
+            raise ArtifactError(f"no adapters are selected by {select!r}, only by {', '.join(known)}")
+        others = [step.name for step in self._plan.steps
+                  if isinstance(step, Gate) and step.modes is not None and step.select == select]  # fmt: skip
+        if others:
+            raise ArtifactError(
+                f"{', '.join(others)} has a mode for each of the ids of {select!r}, and none for another",
+                hint="compile with different inputs for modes and adapters",
+            )
+        return select
+
+    @property
+    def _plan(self) -> Plan:
+        return Plan.model_validate(self.manifest["plan"])
+
+    def _rows_of(self, adapter: weights.Lone, select: str) -> dict[str, Tensor]:
+        """Bank → what to append to it, in float64."""
+        steps = {step.name: step for step in self._plan.steps if isinstance(step, LoRA)}
+        places: dict[tuple[str, str], dict[str, banks.Bank]] = {}
+        for bank in self._shelf.banks:
+            if bank.select == select:
+                places.setdefault((bank.step, bank.site), {})[bank.leaf] = bank
+        rows: dict[str, Tensor] = {}
+        for (step, site), pair in places.items():
+            (_, rank, inner), (_, _, outer) = (pair[leaf].spec.shape for leaf in ("lora_A", "lora_B"))
+            a, b = adapter.pair(steps[step], site, (int(rank), int(inner)), (int(outer), int(rank)))
+            rows |= {pair["lora_A"].name: a, pair["lora_B"].name: b.T}
+        adapter.finish()
+        return rows
+
+    def _publish(self, shelf: banks.Shelf, names: Mapping[str, Sequence[str]], select: str) -> None:
+        """Write `shelf` and a manifest that knows it; only the latter, at the end, makes it count."""
+        if _read_manifest(self.folder)["digest"] != self.manifest["digest"]:
+            raise ArtifactError(
+                "the folder was changed since it was loaded", where=str(self.folder), hint="load it anew"
+            )
+        counted = tuple(replace(spec, high=len(names[select])) if spec.name == select else spec
+                        for spec in self.interface.inputs)  # fmt: skip
+        interface = replace(self.interface, inputs=counted)
+        old, new = self._shelf.file, shelf.file
+        key = f"{banks.FOLDER}/{new.name}"
+        try:
+            shelf.write()
+            record = {"bytes": new.stat().st_size, "sha256": _hash(new)}
+            kept = {file: item for file, item in self.manifest["files"].items() if file != f"{banks.FOLDER}/{old.name}"}
+            files = dict(sorted({**kept, key: record}.items()))
+            manifest = {
+                **self.manifest, "interface": interface.to_json(), "files": files,
+                "sizes": {file: item["bytes"] for file, item in files.items()},
+                "adapters": {**self.manifest["adapters"], "file": new.name, "names": {**names}},
+            }  # fmt: skip
+            _replace_manifest(self.folder, _plain(manifest))
+        except OSError as error:
+            new.unlink(missing_ok=True)
+            raise ArtifactError(f"cannot be written: {error.strerror}", where=str(self.folder)) from error
+        for leftover in self.folder.glob(f"{banks.FOLDER}/*.safetensors"):
+            if leftover != new:
+                leftover.unlink(missing_ok=True)
+        self.manifest, self.interface = _read_manifest(self.folder), interface
+        self._shelf, self._program = shelf, None
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -323,15 +458,37 @@ def _nested(interface: Interface, runner: Callable[..., Sequence[Tensor]]) -> Ca
 # ------------------------------------------------------------------------------------------ manifest
 
 
+def _by_name(found: Mapping[banks.Bank, Tensor]) -> dict[str, Tensor]:
+    return {bank.name: value for bank, value in found.items()}
+
+
+def _shelf(folder: Path, manifest: Mapping[str, Any]) -> banks.Shelf:
+    recorded = manifest.get("adapters") or {"banks": [], "file": "0.safetensors"}
+    return banks.Shelf([banks.Bank.from_json(item) for item in recorded["banks"]],
+                       folder / banks.FOLDER / recorded["file"])  # fmt: skip
+
+
+def _load(name: str, folder: Path, interface: Interface, shelf: Callable[[], banks.Shelf]) -> Runner:
+    """A target, called as `interface` says: its adapters are given to it."""
+    place, found = folder / EMITTERS[name].folder, shelf().banks
+    if not found:
+        return EMITTERS[name].load(place, interface)
+    return banks.Fed(EMITTERS[name].load(place, banks.with_inputs(interface, found)), shelf)
+
+
 def _emit(
     program: Program,
+    found: Mapping[banks.Bank, Tensor],
     targets: Sequence[str],
     folder: Path,
     examples: Sequence[Tensor] | None,
     say: Callable[[str], None],
 ) -> dict[str, Any]:
     """Write every target into its folder, and the program in any case; facts by target."""
-    lowering, facts = Lowering(program, examples), {}
+    program = banks.opened(program, list(found))
+    if examples is not None:
+        examples = [*examples, *found.values()]
+    lowering, facts = Lowering(program, examples, _by_name(found)), {}
     for name in targets:
         say(f"emitting {name}")
         place = folder / EMITTERS[name].folder
@@ -342,7 +499,13 @@ def _emit(
     return facts
 
 
-def _manifest(program: Program, plan: Plan, facts: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+def _manifest(
+    program: Program, plan: Plan, found: Sequence[banks.Bank], facts: Mapping[str, Any], folder: Path
+) -> dict[str, Any]:
+    selects = {bank.select for bank in found}
+    names = {spec.name: [f"{spec.name}_{id}" for id in range(1, int(spec.high or 0) + 1)]
+             for spec in program.inputs if spec.select and spec.name in selects}  # fmt: skip
+    adapters = {"file": "0.safetensors", "names": names, "banks": _rows(found)} if found else {}
     return {
         "format": FORMAT,
         "fxfreeze": __version__,
@@ -352,6 +515,7 @@ def _manifest(program: Program, plan: Plan, facts: Mapping[str, Any], folder: Pa
         "interface": Interface.of(program).to_json(),
         "structural_hash": program.structural_hash(),
         "gates": _rows(gate_rows(program)),
+        "adapters": adapters,
         "targets": dict(facts),
         "default": plan.targets[0] if plan.targets else None,
     }
@@ -421,9 +585,20 @@ def _digest(manifest: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(body, sort_keys=True, allow_nan=False).encode()).hexdigest()
 
 
-def _write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
+def _replace_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
+    """As :func:`_write_manifest`, over one that is there, in one step."""
+    partial_ = f"{MANIFEST}.{secrets.token_hex(4)}{_PARTIAL}"
+    try:
+        _write_manifest(folder, manifest, partial_)
+        os.replace(folder / partial_, folder / MANIFEST)
+        _sync(folder)
+    finally:
+        (folder / partial_).unlink(missing_ok=True)
+
+
+def _write_manifest(folder: Path, manifest: Mapping[str, Any], name: str = MANIFEST) -> None:
     text = json.dumps({**manifest, "digest": _digest(manifest)}, indent=1, allow_nan=False, ensure_ascii=False)
-    with open(folder / MANIFEST, "w", encoding="utf-8") as file:
+    with open(folder / name, "w", encoding="utf-8") as file:
         file.write(text + "\n")
         file.flush()
         os.fsync(file.fileno())
@@ -452,7 +627,8 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def _verify_files(folder: Path, manifest: Mapping[str, Any]) -> None:
-    """Every listed file is there and is what was saved, and nothing else is there."""
+    """Every listed file is there and is what was saved, and nothing else is there, but for what an interrupted
+    ``add_adapter`` left behind."""
     known = set(manifest["files"]) | {MANIFEST}
     if any(PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts for name in known):
         raise ArtifactError(f"{MANIFEST} lists a file outside the folder", where=str(folder))
@@ -460,7 +636,7 @@ def _verify_files(folder: Path, manifest: Mapping[str, Any]) -> None:
         name = path.relative_to(folder).as_posix()
         if path.is_symlink():
             raise ArtifactError("a symbolic link does not belong to an artifact", where=name)
-        if not path.is_dir() and name not in known:
+        if not path.is_dir() and name not in known and not _is_leftover(name):
             raise ArtifactError("the file does not belong to the artifact", where=name, hint="remove it")
     for name, record in manifest["files"].items():
         path = folder / name
@@ -470,6 +646,10 @@ def _verify_files(folder: Path, manifest: Mapping[str, Any]) -> None:
             raise ArtifactError(f"the file has {path.stat().st_size} bytes, {record['bytes']} were saved", where=name)
         if _hash(path) != record["sha256"]:
             raise ArtifactError("the file was altered: its SHA-256 does not match the manifest", where=name)
+
+
+def _is_leftover(name: str) -> bool:
+    return bool(banks.LEFTOVER.fullmatch(name)) or (name.startswith(f"{MANIFEST}.") and name.endswith(_PARTIAL))
 
 
 # --------------------------------------------------------------------------------------------- files

@@ -11,7 +11,7 @@ from __future__ import annotations
 import importlib
 import traceback
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -34,10 +34,12 @@ class Lowering:
     Attributes:
         program: what to emit.
         examples: flat tensors that the model accepts, resized as needed; None: draw from the plan.
+        defaults: values that some inputs have when none are given, by name, for targets that know such a thing.
     """
 
     program: Program
     examples: Sequence[torch.Tensor] | None = None
+    defaults: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
     @cached_property
     def exported(self) -> ExportedProgram:

@@ -62,9 +62,10 @@ TABLE: dict[str, str] = {
     "lower": "exporting kernels program sampling",
     "emit": "binding exporting lower program sampling serialize",
     "margin": "constants lower program proof",
+    "banks": "plan program serialize",
     "parity": "binding constants emit margin plan program proof report sampling",
     "firing": "kernels program",
-    "artifact": "binding emit firing lower parity plan program report sampling serialize _version",
+    "artifact": "banks binding emit firing lower parity plan program report sampling serialize weights _version",
     "adapt": "binding capture margin passes pipeline plan program proof rewrite weights",
     "nn": "kernels",
     "api": "adapt artifact binding calibration capture emit lower parity passes pipeline plan program proof report "

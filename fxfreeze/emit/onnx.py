@@ -87,11 +87,22 @@ def _convert(lowering: Lowering, folder: Path, opset: int) -> dict[str, Any]:
     _name_values(model.graph, [spec.name for spec in program.inputs], program.outputs)
     _name_dims(model.graph, program.inputs)
     _strip(model)
+    _add_defaults(model.graph, lowering.defaults)
     size = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None)
     external = size > EXTERNAL_BYTES
     converted.save(str(folder / FILE), external_data=external)
     onnx.checker.check_model(str(folder / FILE), full_check=True)
     return {"external_data": external, "outputs": [value.name for value in model.graph.outputs]}
+
+
+def _add_defaults(graph: Any, defaults: Mapping[str, Tensor]) -> None:
+    """An input with an initializer of its name may be left out."""
+    from onnx_ir.tensor_adapters import TorchTensor
+
+    for value in graph.inputs:
+        if value.name in defaults:
+            value.const_value = TorchTensor(defaults[value.name].detach().cpu().contiguous(), name=value.name)
+            graph.register_initializer(value)
 
 
 def _refuse_complex(program: Program) -> None:

@@ -1,0 +1,298 @@
+"""Adapters chosen row by row, end to end: every target, and more adapters for what is compiled."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy
+import pytest
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+from torch._dynamo.utils import counters
+
+import fxfreeze as fz
+from fxfreeze import artifact as artifact_file
+from fxfreeze import banks
+from fxfreeze.errors import ArtifactError
+from fxfreeze.serialize import load_program
+
+SITES = {"0": (6, 10), "2": (10, 4)}
+STEP = {"at": ["0", "2"], "rank": 3, "alpha": 6}
+INPUTS = [fz.Input("x", shape=("batch", 2, 6))]
+TARGETS = ("aoti", "onnx", "torch")
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 10), nn.Tanh(), nn.Linear(10, 4)).eval()
+
+
+def lone(seed: int, rank: int = 3) -> dict[str, Tensor]:
+    """One adapter, as a file of its own holds it."""
+    generator = torch.Generator().manual_seed(seed)
+    state = {}
+    for site, (inner, outer) in SITES.items():
+        state[f"{site}.lora_A"] = torch.randn(rank, inner, generator=generator) / 2
+        state[f"{site}.lora_B"] = torch.randn(outer, rank, generator=generator) / 2
+    return state
+
+
+def alone(state: dict[str, Tensor] | None, x: Tensor, scale: float = 2.0) -> Tensor:
+    """The model with that one adapter in its weights, in float64."""
+    model = network().double()
+    for site in SITES if state else ():
+        layer = model[int(site)]
+        delta = state[f"{site}.lora_B"].double() @ state[f"{site}.lora_A"].double()  # type: ignore[index]
+        layer.weight.data += scale * delta
+    result: Tensor = model(x.double())
+    return result.detach()
+
+
+def draw(rows: int = 6) -> Tensor:
+    return torch.randn(rows, 2, 6, generator=torch.Generator().manual_seed(9))
+
+
+def mixed(x: Tensor, ids: Tensor, known: dict[int, Any]) -> Tensor:
+    return torch.cat([alone(known[id], row[None]) for row, id in zip(x, ids.tolist(), strict=True)])
+
+
+KNOWN: dict[int, Any] = {0: None, 1: lone(1), 2: lone(2)}
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("select")
+    for k in (1, 2):
+        safetensors.torch.save_file(KNOWN[k], folder / f"{k}.safetensors")
+    paths = [str(folder / f"{k}.safetensors") for k in (1, 2)]
+    step, dims = fz.LoRA(**STEP, adapters=2, weights=paths), {"batch": fz.Dim(min=2)}  # one compilation, not two
+    plan = fz.Plan(INPUTS, [step], targets=TARGETS, dims=dims)
+    return fz.compile(network(), plan).save(folder / "out")
+
+
+@pytest.fixture
+def loaded(saved: Path, tmp_path: Path) -> fz.Artifact:
+    """A folder of its own, which a test may add to."""
+    shutil.copytree(saved, tmp_path / "out")
+    return fz.load(tmp_path / "out")
+
+
+@pytest.fixture(scope="module")
+def runs(saved: Path) -> Iterator[fz.Artifact]:
+    yield fz.load(saved)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_every_target_gives_every_row_its_own(runs: fz.Artifact, target: str) -> None:
+    x, ids = draw(), torch.tensor([0, 2, 1, 1, 0, 2])
+    want = mixed(x, ids, KNOWN)
+    torch.testing.assert_close(runs.target(target)(x, ids).double(), want, rtol=1e-5, atol=1e-5)
+    assert (want - mixed(x, ids.flip(0), KNOWN)).abs().max() > 0.1
+
+
+def test_an_id_out_of_range_is_refused(runs: fz.Artifact) -> None:
+    with pytest.raises(ArtifactError, match="'adapter' holds 1 to 3, expected 0 to 2"):
+        runs(draw(2), torch.tensor([1, 3]))
+
+
+def test_what_is_stored_where(saved: Path) -> None:
+    artifact = fz.load(saved)
+    assert artifact.adapters == {"adapter_1": 1, "adapter_2": 2}
+    stored = safetensors.torch.load_file(saved / "adapters" / "0.safetensors")
+    assert set(stored) == {f"adapters.lora.{site}.lora_{leaf}" for site in SITES for leaf in "AB"}
+    weights = safetensors.torch.load_file(saved / "program" / "weights.safetensors")
+    assert not set(stored) & set(weights)  # once
+    program = load_program(saved / "program")
+    assert [spec.shape for spec in program.inputs][2:4] == [("adapter_choices", 3, 6), ("adapter_choices", 3, 10)]
+    assert program.dims["adapter_choices"] == (2, None)
+
+
+def test_the_onnx_file_runs_by_itself_and_takes_more(loaded: fz.Artifact) -> None:
+    import onnxruntime
+
+    loaded.add_adapter("third", lone(3))
+    session = onnxruntime.InferenceSession(loaded.folder / "onnx" / "model.onnx")
+    x, ids = draw(3), torch.tensor([0, 2, 1])
+    feeds: dict[str, numpy.ndarray[Any, Any]] = {"x": x.numpy(), "adapter": ids.numpy()}
+    (y,) = session.run(None, feeds)
+    torch.testing.assert_close(torch.from_numpy(y).double(), mixed(x, ids, KNOWN), rtol=1e-5, atol=1e-5)
+    stored = safetensors.torch.load_file(loaded.folder / "adapters" / "3.safetensors")
+    feeds |= {name: value.numpy() for name, value in stored.items()} | {"adapter": numpy.array([3, 0, 3])}
+    (y,) = session.run(None, feeds)
+    want = mixed(x, torch.tensor([3, 0, 3]), KNOWN | {3: lone(3)})
+    torch.testing.assert_close(torch.from_numpy(y).double(), want, rtol=1e-5, atol=1e-5)
+
+
+def test_an_adapter_more_without_a_compilation(loaded: fz.Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, ids = draw(), torch.tensor([3, 0, 3, 1, 2, 3])
+    for target in TARGETS:
+        loaded.target(target)(x, torch.tensor([0, 2, 1, 1, 0, 2]))
+    counters.clear()
+    monkeypatch.setattr("torch._inductor.aoti_compile_and_package", None)
+    monkeypatch.setattr("torch.onnx.export", None)
+    model = {name: (loaded.folder / name).read_bytes() for name in ("aoti/model.pt2", "onnx/model.onnx")}
+    assert loaded.add_adapter("third", lone(3)) == 3
+    assert loaded.adapters == {"adapter_1": 1, "adapter_2": 2, "third": 3}
+    want = mixed(x, ids, KNOWN | {3: lone(3)})
+    for target in TARGETS:
+        torch.testing.assert_close(loaded.target(target)(x, ids).double(), want, rtol=1e-5, atol=1e-5)
+    assert not counters["stats"]["unique_graphs"]
+    assert all((loaded.folder / name).read_bytes() == data for name, data in model.items())
+
+
+def test_it_is_there_in_a_fresh_object_and_in_a_copy(loaded: fz.Artifact, tmp_path: Path) -> None:
+    loaded.add_adapter("third", lone(3))
+    loaded.add_adapter("small", lone(4, rank=1))
+    copy = loaded.save(tmp_path / "copy")
+    x, ids = draw(), torch.tensor([4, 3, 0, 4, 1, 2])
+    want = mixed(x, ids, KNOWN | {3: lone(3), 4: lone(4, rank=1)})
+    for folder in (loaded.folder, copy):
+        fresh = fz.load(folder)
+        assert fresh.adapters["small"] == 4 and [item.name for item in (folder / "adapters").iterdir()] == [
+            "4.safetensors"
+        ]
+        for target in ("aoti", "onnx"):
+            torch.testing.assert_close(fresh.target(target)(x, ids).double(), want, rtol=1e-5, atol=1e-5)
+        with pytest.raises(ArtifactError, match="expected 0 to 4"):
+            fresh(x, ids + 1)
+    rows = fz.load(copy).check()
+    assert {row.target for row in rows} == set(TARGETS) and all(row.ok for row in rows)
+
+
+def test_a_file_of_a_module_with_one_adapter_has_its_own_scale(loaded: fz.Artifact, tmp_path: Path) -> None:
+    step = fz.LoRA(at=["0", "2"], rank=2, alpha=5, name="mine")
+    net = fz.adapt(network(), fz.Plan(INPUTS, [step]), verify="off")
+    with torch.no_grad():
+        for value in net.parameters():
+            value.normal_()
+    net.save_adapters(tmp_path / "one.safetensors")
+    loaded.add_adapter("one", tmp_path / "one.safetensors")
+    x = draw()
+    torch.testing.assert_close(loaded.target("onnx")(x, torch.full((6,), 3)), net(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("adapter_1", {}, "an adapter is called 'adapter_1' already"),
+        ("", {}, "needs a name"),
+        ("new", {"0.lora_B": None}, r"missing 0\.lora_B"),
+        ("new", {"1.lora_B": torch.zeros(4, 3)}, r"unexpected: 1\.lora_B"),
+        ("new", {"0.lora_A": torch.zeros(4, 6)}, "has rank 4, but the adapters have rank 3 at most"),
+        ("new", {"0.lora_A": torch.zeros(3, 7)}, r"shape \(3, 7\), but \(3, 6\) is needed"),
+        ("new", {"2.lora_B": torch.zeros(5, 3)}, r"shape \(5, 3\), but \(4, 3\) is needed"),
+        ("new", {"0.lora_A": torch.zeros(3, 6, dtype=torch.int32)}, "int32, but a floating dtype"),
+        ("new", {"0.lora_A": torch.full((3, 6), torch.inf)}, "NaN or Inf"),
+        ("new", {"0.lora_B": torch.full((10, 3), 3e38)}, "overflows torch.float32"),
+    ],
+)  # fmt: skip
+def test_refusals(loaded: fz.Artifact, name: str, change: dict[str, Any], message: str) -> None:
+    state = {key: value for key, value in (lone(3) | change).items() if value is not None}
+    before = sorted(path.name for path in loaded.folder.rglob("*")), loaded.manifest["digest"]
+    with pytest.raises(ArtifactError, match=message):
+        loaded.add_adapter(name, state)
+    assert (sorted(path.name for path in loaded.folder.rglob("*")), fz.load(loaded.folder).manifest["digest"]) == before
+
+
+def test_a_select_that_is_not_there(loaded: fz.Artifact) -> None:
+    with pytest.raises(ArtifactError, match="no adapters are selected by 'style', only by adapter"):
+        loaded.add_adapter("new", lone(3), select="style")
+
+
+def test_several_inputs_that_select_and_modes(tmp_path: Path) -> None:
+    steps = [
+        fz.LoRA(at="0", rank=3, adapters=2, name="a"), fz.LoRA(at="0", rank=1, adapters=1, select="style", name="b"),
+        fz.LoRA(at="2", rank=2, adapters=2, name="c"), fz.LoRA(at="2", rank=1, adapters=2, select="mode", name="d"),
+        fz.Gate(at="1", modes=3),
+    ]  # fmt: skip
+    artifact = fz.compile(network(), fz.Plan(INPUTS, steps, targets=["onnx"]), verify="off")
+    assert artifact.adapters == {"adapter_1": 1, "adapter_2": 2, "style_1": 1, "mode_1": 1, "mode_2": 2}
+    one = {"0.lora_A": torch.randn(1, 6), "0.lora_B": torch.randn(10, 1)}
+    with pytest.raises(ArtifactError, match="selected by adapter and style and mode"):
+        artifact.add_adapter("new", one)
+    with pytest.raises(ArtifactError, match="gate has a mode for each of the ids of 'mode', and none for another"):
+        artifact.add_adapter("new", one, select="mode")
+    with pytest.raises(ArtifactError, match=r"missing 2\.lora_A"):  # both steps of an input, or neither
+        artifact.add_adapter("new", one, select="adapter")
+    assert artifact.add_adapter("new", one, select="style") == 2
+    both = {f"adapters.a.{key}": value for key, value in one.items()}
+    both |= {"adapters.c.2.lora_A": torch.randn(2, 10), "adapters.c.2.lora_B": torch.randn(4, 2)}
+    assert artifact.add_adapter("pair", both, select="adapter") == 3
+    x, none = draw(2), torch.zeros(2, dtype=torch.int64)
+    base = artifact(x, none, none, none)
+    assert torch.equal(artifact(x, none, none + 1, none), base)  # its B is zero
+    added = artifact(x, none, none + 2, none), artifact(x, none + 3, none, none)
+    assert all((value - base).abs().max() > 1e-3 for value in added)
+    assert all(row.ok for row in artifact.check())
+
+
+def test_an_artifact_without_adapters(tmp_path: Path) -> None:
+    artifact = fz.compile(network(), fz.Plan(INPUTS, targets=[]))
+    assert artifact.adapters == {}
+    with pytest.raises(ArtifactError, match="compiled without adapters"):
+        artifact.add_adapter("new", lone(3))
+
+
+# ---- on the disk
+
+
+def test_a_killed_call_leaves_what_was_there(loaded: fz.Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Killed(BaseException):
+        pass
+
+    def kill(*_: Any) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(artifact_file.os, "replace", kill)
+        with pytest.raises(Killed):
+            loaded.add_adapter("third", lone(3))
+    assert (loaded.folder / "adapters" / "3.safetensors").exists()
+    fresh = fz.load(loaded.folder)
+    assert fresh.adapters == {"adapter_1": 1, "adapter_2": 2} == loaded.adapters
+    assert fresh.add_adapter("third", lone(3)) == 3
+    assert [item.name for item in (loaded.folder / "adapters").iterdir()] == ["3.safetensors"]
+
+
+def test_digests_are_kept_true(loaded: fz.Artifact) -> None:
+    loaded.add_adapter("third", lone(3))
+    file = loaded.folder / "adapters" / "3.safetensors"
+    assert (
+        loaded.sizes["adapters/3.safetensors"] == file.stat().st_size and "adapters/0.safetensors" not in loaded.sizes
+    )
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(ArtifactError, match="SHA-256"):
+        fz.load(loaded.folder)
+    (loaded.folder / "adapters" / "other.safetensors").write_bytes(b"")
+    with pytest.raises(ArtifactError, match="does not belong"):
+        fz.load(loaded.folder)
+
+
+def test_two_writers_do_not_overwrite_each_other(loaded: fz.Artifact) -> None:
+    other = fz.load(loaded.folder)
+    other.add_adapter("theirs", lone(3))
+    with pytest.raises(ArtifactError, match="changed since it was loaded"):
+        loaded.add_adapter("mine", lone(4))
+    assert list(fz.load(loaded.folder).adapters) == ["adapter_1", "adapter_2", "theirs"]
+    with pytest.raises(ArtifactError, match="load the artifact anew"):
+        loaded.target("onnx")(draw(), torch.zeros(6, dtype=torch.int64))
+
+
+def test_opening_and_closing_are_inverse(saved: Path) -> None:
+    """The ids that are drawn for an open program fit two rows; a closed one has the whole range."""
+    artifact = fz.load(saved)
+    opened = load_program(saved / "program")
+    assert [spec.high for spec in opened.inputs if spec.select] == [1]
+    program = banks.closed(opened, artifact.interface, artifact._shelf.values)
+    program.verify()
+    assert [spec.high for spec in program.inputs if spec.select] == [2]
+    x, ids = draw(), torch.tensor([0, 2, 1, 1, 0, 2])
+    torch.testing.assert_close(program.run(x, ids)[0].double(), mixed(x, ids, KNOWN), rtol=1e-5, atol=1e-5)
+    assert json.loads((saved / "manifest.json").read_text())["structural_hash"] == program.structural_hash()
