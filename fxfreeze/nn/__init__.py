@@ -11,17 +11,32 @@ from .bayescap import (
     negative_log_likelihood,
     variance,
 )
+from .bottleneck import Bottleneck
 from .codebook import Codebook
 from .dendrites import Dendrites
 from .gate import Firing, Gate, TemperatureSchedule, firing
+from .grafts import CrossAttentionFusion, FrozenBlock, InnerAdaptor
+from .hypernetwork import Hypernetwork, LinearBank
+from .reft import DiReFT, LoReFT
+from .stitched import Edit, StitchedMLP, edit
 from .tversky import TverskyProjection, TverskySimilarity, class_means
 
 __all__ = [
     "BayesCap",
+    "Bottleneck",
     "Codebook",
+    "CrossAttentionFusion",
     "Dendrites",
+    "DiReFT",
+    "Edit",
     "Firing",
+    "FrozenBlock",
     "Gate",
+    "Hypernetwork",
+    "InnerAdaptor",
+    "LinearBank",
+    "LoReFT",
+    "StitchedMLP",
     "TemperatureSchedule",
     "TverskyProjection",
     "TverskySimilarity",
@@ -29,6 +44,7 @@ __all__ = [
     "cap_loss",
     "class_means",
     "coverage_error",
+    "edit",
     "firing",
     "log_variance",
     "negative_log_likelihood",
