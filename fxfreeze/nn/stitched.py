@@ -7,8 +7,7 @@
 A graph network cannot be corrected at one node by training it: what changes there changes with its neighbours. An MLP
 of a node's own features can, and the graph network is left as it is.
 
-Source: Zhong, Le, Chen, Hsieh and Fu, On the limitation and a remedy of model editing for graph neural networks (2023),
-arXiv 2305.15529, section 4 (there: the remedy by a stitched peer MLP).
+Source: Liu, Jiang et al., Editable graph neural network for node classifications (2023), arXiv 2305.15529.
 """
 
 from __future__ import annotations
