@@ -106,10 +106,13 @@ def test_the_loss_reaches_what_it_should_and_when() -> None:
     assert reached() == [False, False, False, True]
     layer.adopt()
     assert reached() == [True, True, False, False]
-    # And x sees the layer alone.
-    x.grad = None
-    layer(x).sum().backward()
-    torch.testing.assert_close(x.grad, layer.layer.weight.sum(0).expand(6, 5))
+    # And x sees the layer alone, of a candidate too.
+    for _ in range(2):
+        x.grad = None
+        layer(x).pow(2).sum().backward()
+        torch.testing.assert_close(x.grad, 2 * layer(x).detach() @ layer.layer.weight)
+        if not layer.growing:
+            layer.grow()
 
 
 def test_a_frozen_layer_stays_frozen_and_still_teaches() -> None:
