@@ -692,6 +692,122 @@ class Head(_AnyModule):
         yield from _repeats("outputs[{}]", self.outputs or ())
 
 
+class Bottleneck(Grafted):
+    """v + scale · U·σ(D·v), or of LayerNorm(v); U is 0 at first, so that it starts as the identity.
+
+    Behind an attention and behind a feed-forward layer it is Houlsby's adapter (Houlsby et al. 2019), behind the latter
+    alone Pfeiffer's (2020); with ``form="parallel"`` it reads what the module is given (He et al. 2022). Values with
+    channels first (convolutions) get convolutions of 1×1, as in adapters of SAM.
+    """
+
+    meaning = (*Grafted.meaning, "width", "form", "scale", "activation", "norm")
+    on: ClassVar[str] = "output"
+    how: ClassVar[str] = "add"
+
+    kind: Literal["bottleneck"] = Field(default="bottleneck", description="Down, activation, up.", kw_only=True)
+    width: Count = Field(description="Width of the bottleneck.")
+    form: Literal["sequential", "parallel"] = Field(
+        default="sequential", description="Read what the module returns, or what it is given."
+    )
+    activation: Literal["gelu", "relu", "silu", "tanh"] = Field(default="gelu", description="σ.")
+    norm: Flag = Field(default=False, description="A LayerNorm of its own before D.")
+    scale: Number = Field(default=1.0, description="Factor of what is added.")
+    dims: Annotated[int, Strict(), Field(ge=0, le=3)] | None = Field(
+        default=None,
+        description="How many dims come after the channels. Default: 2 for values of four dims, 3 for five, else 0.",
+    )
+
+    @property
+    def read(self) -> str:
+        return "input" if self.form == "parallel" else "value"
+
+
+class _Edit(Grafted):
+    """Fields that LoReFT and DiReFT share."""
+
+    meaning = (*Grafted.meaning, "rank", "positions")
+    read: ClassVar[str] = "value"
+    on: ClassVar[str] = "output"
+    how: ClassVar[str] = "replace"
+    scale: ClassVar[float] = 1.0
+
+    rank: Count = Field(description="Rank of the subspace that is edited.")
+    positions: Text = Field(
+        default="all", description="Which positions: 'all', 'f3' (the first three), 'l2' (the last two), 'f3+l2'."
+    )
+
+    def _problems(self) -> Iterator[Problem]:
+        yield from super()._problems()
+        if not re.fullmatch(r"all|[fl][1-9][0-9]*|f[1-9][0-9]*\+l[1-9][0-9]*", self.positions):
+            yield "positions", f"must be 'all', 'f3', 'l2' or 'f3+l2', got {brief(self.positions)}"
+
+
+class LoReFT(_Edit):
+    """h + Rᵀ(W·h + b − R·h) with orthonormal rows of R, at some positions (Wu et al. 2024, arXiv 2404.03592)."""
+
+    kind: Literal["loreft"] = Field(default="loreft", description="Edit of a subspace.", kw_only=True)
+
+
+class DiReFT(_Edit):
+    """h + W₂ᵀ(W₁·h + b), at some positions (Wu et al. 2024, arXiv 2404.03592)."""
+
+    kind: Literal["direft"] = Field(default="direft", description="Low-rank edit.", kw_only=True)
+
+
+class Codebook(Grafted):
+    """The mean of the k codes most similar to a value, in its place (Tamkin et al. 2023, arXiv 2310.17230).
+
+    It does not start as the identity: start it by k-means (:meth:`fxfreeze.nn.Codebook.start`), or train it.
+    """
+
+    meaning = (*Grafted.meaning, "codes", "k", "groups", "similarity", "norm")
+    read: ClassVar[str] = "value"
+    on: ClassVar[str] = "output"
+    how: ClassVar[str] = "replace"
+    scale: ClassVar[float] = 1.0
+
+    kind: Literal["codebook"] = Field(default="codebook", description="Codebook bottleneck.", kw_only=True)
+    codes: Count = Field(description="Number of codes of each group.")
+    k: Count = Field(default=1, description="How many codes are chosen.")
+    groups: Count = Field(default=1, description="Chunks of a value, each with a codebook of its own.")
+    similarity: Literal["cosine", "euclidean"] = Field(default="cosine", description="What is largest for the chosen.")
+    norm: Flag = Field(default=True, description="Compare LayerNorm(x) with the codes.")
+
+    def _problems(self) -> Iterator[Problem]:
+        yield from super()._problems()
+        if self.k > self.codes:
+            yield "k", f"must be ≤ codes ({self.codes}), got {self.k}"
+
+
+class BayesCap(Grafted):
+    """Three more outputs: mean, scale α and shape β of the error of what a module returns (Upadhyay et al. 2022).
+
+    The variance is :func:`fxfreeze.nn.variance` of α and β, the loss :func:`fxfreeze.nn.cap_loss`.
+    """
+
+    meaning = (*Grafted.meaning, "positive")
+    read: ClassVar[str] = "value"
+    on: ClassVar[str] = "output"
+    how: ClassVar[str] = "new"
+    scale: ClassVar[float] = 1.0
+    output: ClassVar[None] = None
+    leaves: ClassVar[tuple[str, ...]] = ("mean", "alpha", "beta")
+
+    kind: Literal["bayescap"] = Field(default="bayescap", description="Uncertainty of an output.", kw_only=True)
+    hidden: Count = Field(default=64, description="Width of the layers in between.")
+    blocks: Annotated[int, Strict(), Field(ge=0)] = Field(default=2, description="Number of residual blocks.")
+    positive: Literal["softplus", "relu"] = Field(default="softplus", description="What makes 1/α and β positive.")
+    dims: Annotated[int, Strict(), Field(ge=0, le=3)] | None = Field(
+        default=None,
+        description="How many dims come after the channels. Default: 2 for values of four dims, 3 for five, else 0.",
+    )
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """Names of the new outputs."""
+        return tuple(f"{self.name}.{leaf}" for leaf in self.leaves)
+
+
 class Tap(Step):
     """What modules return, for a loss: an adapted module has it in ``net.tapped`` after a call, artifacts know nothing
     of it.
@@ -775,7 +891,26 @@ class Replace(Step):
     )
 
 
-STEPS: tuple[type[Step], ...] = (LoRA, DoRA, IA3, Tversky, Gate, Splice, Head, Tap, Prompt, Prefix, VeRA, OFT, Replace)
+STEPS: tuple[type[Step], ...] = (
+    LoRA,
+    DoRA,
+    IA3,
+    Tversky,
+    Gate,
+    Splice,
+    Head,
+    Bottleneck,
+    LoReFT,
+    DiReFT,
+    Codebook,
+    BayesCap,
+    Tap,
+    Prompt,
+    Prefix,
+    VeRA,
+    OFT,
+    Replace,
+)
 """Every step a plan can hold. A new step class is added here and nowhere else."""
 
 if TYPE_CHECKING:

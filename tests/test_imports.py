@@ -75,7 +75,7 @@ TABLE: dict[str, str] = {
     "__main__": "cli",
     "passes": "pass rewrite",
     "pass": "checkpoints constants dataflow graft inline kernels nn pass-helper plan program rewrite weights",
-    "pass-helper": "checkpoints constants dataflow graft inline kernels plan program rewrite weights",
+    "pass-helper": "checkpoints constants dataflow graft inline kernels nn plan program rewrite weights",
     "kernels": "",
     "kernel": "kernel-helper",
     "kernel-helper": "",

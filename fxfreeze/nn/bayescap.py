@@ -16,6 +16,7 @@ Source: Upadhyay, Karthik, Chen, Mancini and Akata, BayesCap (ECCV 2022), arXiv 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from torch.nn import functional as F
 
 CONVOLUTIONS: dict[int, Any] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 NORMS: dict[int, Any] = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
-POSITIVE = {"softplus": F.softplus, "relu": F.relu}
+POSITIVE: dict[str, Callable[[Tensor], Tensor]] = {"softplus": F.softplus, "relu": F.relu}
 
 STEEP = math.log(1e3)
 """Where (r/α)^β is continued as a straight line in its logarithm: the paper clips there, and clipped errors teach

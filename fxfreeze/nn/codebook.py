@@ -71,7 +71,7 @@ class Codebook(nn.Module):
     def compared(self, x: Tensor) -> Tensor:
         """z [..., G, d] of `x` [..., features]: what codes are compared with."""
         chunks = x.unflatten(-1, (self.groups, -1))
-        if self.weight is None:
+        if self.weight is None or self.bias is None:
             return chunks
         return F.layer_norm(chunks, self.weight.shape[1:], eps=self.eps) * self.weight + self.bias
 

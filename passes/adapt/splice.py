@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from torch.fx import Node
 from fxfreeze.dataflow import sort
 from fxfreeze.errors import PlanError
 from fxfreeze.graft import Graft, Scion, first_argument, graft, infer_again, same_form, scion
-from fxfreeze.plan import Grafted, Head
+from fxfreeze.plan import BayesCap, Grafted, Head
 from fxfreeze.program import ADAPTERS, FROZEN, Origin, Program
 from fxfreeze.rewrite import Context, Pass, match_sites
 
@@ -45,7 +45,7 @@ class InsertSplice(Pass):
             return 0
         garden = _Garden(program, ctx)
         requests = [(step, garden.places(step, index)) for index, step in steps]
-        for step, places in sorted(requests, key=lambda item: isinstance(item[0], Head)):
+        for step, places in sorted(requests, key=lambda item: _is_head(item[0])):
             source = Source(step, ctx.plan.steps)
             for path, calls in places.items():
                 garden.plant(step, path, calls, source)
@@ -92,7 +92,7 @@ class _Garden:
             self.ctx.ledger.add(
                 site=path, step=step.name, requested=describe(step), outcome="refused", detail=f"{path} {reason}"
             )
-        if isinstance(step, Head) and len(taken) > 1:
+        if _is_head(step) and len(taken) > 1:
             raise PlanError(
                 f"steps[{index}].at: {step.at!r} names {', '.join(taken)}, but a head reads one value",
                 where=step.name, hint="name the others in taps",
@@ -105,7 +105,7 @@ class _Garden:
         results = self.results.operators.get(path, [])
         if len({value.body for value in results}) < len(results):
             raise PlanError(f"{path} returns several tensors", where=step.name, hint="name a module that returns one")
-        if isinstance(step, Head) and len(results) > 1:
+        if _is_head(step) and len(results) > 1:
             raise PlanError(f"{path} runs {len(results)} times, but a head reads one value", where=step.name)
         if step.on == "output" and step.read == "value":
             return [(value, value) for value in results]
@@ -138,12 +138,12 @@ class _Garden:
             found = scion(self.program, module, operands, path)
             constants = constants or self._constants(step, found, origin, source)
             # What a head computes is the model's, and nothing that its site returns.
-            like = self.program.graph.output_node() if isinstance(step, Head) else replaced.node
+            like = self.program.graph.output_node() if _is_head(step) else replaced.node
             made = graft(
                 self.program, found, list(operands.values()), constants, before=before, like=like, origin=origin
             )
             operators += len(made.nodes)
-            if isinstance(step, Head):
+            if _is_head(step):
                 _put_out(self.program, step, made, origin)
             else:
                 self._put_in(step, made, replaced, before, origin)
@@ -199,6 +199,7 @@ class _Garden:
             return node
 
         if step.how == "add":
+            _check_sum(step, new, old, origin)
             new = emit(aten.add.Tensor, old, new if step.scale == 1 else emit(aten.mul.Tensor, new, step.scale))
         if new.meta["val"].dtype != old.meta["val"].dtype:
             new = emit(aten.to.dtype, new, old.meta["val"].dtype)
@@ -220,6 +221,10 @@ class _Garden:
             site=path, step=step.name, requested=describe(step), outcome="rewritten",
             executes=f"{made} of {type(module).__name__}", detail=f"{count:,} trainable parameters, {held}",
         )  # fmt: skip
+
+
+def _is_head(step: Grafted) -> TypeGuard[Head | BayesCap]:
+    return isinstance(step, Head | BayesCap)
 
 
 def _as_is(value: Tensor) -> Callable[[torch.Generator], Tensor]:
@@ -264,7 +269,17 @@ def _refuse_others(program: Program, ctx: Context, step: Grafted, path: str) -> 
                 )  # fmt: skip
 
 
-def _put_out(program: Program, step: Head, made: Graft, origin: Origin) -> None:
+def _check_sum(step: Grafted, new: Node, old: Node, origin: Origin) -> None:
+    """Raises PlanError: what `step` makes has another shape than what it is to be added to."""
+    made, there = (list(node.meta["val"].shape) for node in (new, old))
+    if list(map(str, made)) != list(map(str, there)):
+        raise PlanError(
+            f"{step.name!r} makes {made}, which cannot be added to {there}", where=origin.site,
+            hint="what is added has the shape of the value",
+        )  # fmt: skip
+
+
+def _put_out(program: Program, step: Head | BayesCap, made: Graft, origin: Origin) -> None:
     """Make the results of `made` outputs of the program, or change one that it has."""
     if step.how == "new":
         program.add_outputs(dict(zip(_names(program, step, made), made.results, strict=True)))
@@ -281,19 +296,15 @@ def _put_out(program: Program, step: Head, made: Graft, origin: Origin) -> None:
     index, end = program.outputs.index(name), program.graph.output_node()
     old = results[index]
     if step.how == "add":
+        _check_sum(step, new, old, origin)
         new = program.call(aten.add.Tensor, old, new, before=end, like=old)
         new.meta["fxfreeze"] = origin
-        if not same_form(new, old):
-            raise PlanError(
-                f"{step.name!r} makes {list(made.results[0].meta['val'].shape)}, which cannot be added to {name!r}, "
-                f"{list(old.meta['val'].shape)}", where=origin.site,
-            )  # fmt: skip
     results[index] = new
     end.args = (tuple(results),)
     end.meta["val"] = tuple(node.meta["val"] for node in results)
 
 
-def _names(program: Program, step: Head, made: Graft) -> list[str]:
+def _names(program: Program, step: Head | BayesCap, made: Graft) -> list[str]:
     """What the new outputs are called."""
     if step.outputs is None:
         plain = made.names == ("output",)

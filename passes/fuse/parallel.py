@@ -8,7 +8,7 @@ import operator as python
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -201,6 +201,7 @@ def _layer(group: list[WeightOperator]) -> Layer:
     how = _how(arguments(first.node))
     biased = any(item.bias is not None for item in group)
     # A convolution's rows are those of its batch; of a linear layer's input, all but the last dim.
+    rest: tuple[int, ...]
     if first.kind == "linear":
         count, rest = math.prod(x.shape[:-1]), (first.in_features,)
     else:
@@ -216,7 +217,7 @@ def _layer(group: list[WeightOperator]) -> Layer:
 
 def _hint(size: int | torch.SymInt) -> int:
     """A size as it is, or as it was when the model was traced."""
-    return size if isinstance(size, int) else int(size.node.hint)
+    return size if isinstance(size, int) else int(cast(int, size.node.hint))
 
 
 def measured(layer: Layer) -> list[tuple[float, float]]:
@@ -238,7 +239,7 @@ def _measured(layer: Layer, threads: int) -> tuple[tuple[float, float], ...]:
         def apart(x: Tensor = x) -> Tensor:
             return [layer.target(x, weight, bias, **how) for weight, bias in pairs][-1]
 
-        calls = {"one": partial(layer.target, x, *stacked, **how), "apart": apart}
+        calls: dict[str, Callable[[], Tensor]] = {"one": partial(layer.target, x, *stacked, **how), "apart": apart}
         times = medians(calls, layer.device)
         found.append((times["one"], times["apart"]))
     return tuple(found)
