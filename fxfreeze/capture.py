@@ -32,6 +32,7 @@ from .margin import slacks
 from .plan import Plan
 from .program import Program, TensorSpec, is_effectful, is_operator, is_random
 from .proof import relative_error
+from .wrapped import unwrapped
 
 _WRAPPED = "model"
 _CPU = torch.device("cpu")
@@ -167,7 +168,8 @@ def capture(model: nn.Module, plan: Plan, examples: Sequence[torch.Tensor] | Non
     """Export `model` as `plan` declares its inputs and outputs.
 
     Args:
-        model: any nn.Module; it is captured in eval mode and left as it was.
+        model: any nn.Module; it is captured in eval mode and left as it was. Of a peft model that changes layers only,
+            the model inside is meant.
         plan: names, dtypes, shapes and symbolic dims of the inputs; optionally the outputs to keep.
         examples: flat tensors to trace with; drawn from the plan when absent.
 
@@ -177,12 +179,13 @@ def capture(model: nn.Module, plan: Plan, examples: Sequence[torch.Tensor] | Non
     Raises:
         CaptureError: with the module path and source line at fault, and what was tried.
     """
+    model = unwrapped(model)
     _check_constants(model)
     specs, dims = input_specs(plan, _device(model)), dim_bounds(plan)
     flat = FlatModel(model, [spec.name for spec in plan.inputs], plan.outputs)
     sizes = sampling.tracing_sizes(specs, dims, examples)
     inputs = sampling.sample_inputs(specs, sizes, seed=0, examples=examples)
-    with frozen(model), recognised(model), quiet():
+    with frozen(model), recognised(model) as known, quiet():
         exported = _export(flat, inputs, specs, dims)
         if flat.observed.structure is None:  # a strict trace leaves no side effects
             flat(*inputs)
@@ -192,7 +195,9 @@ def capture(model: nn.Module, plan: Plan, examples: Sequence[torch.Tensor] | Non
         with frozen(model), quiet():
             graph, state = _unlift(exported.run_decompositions({}))
     normalise(graph)
-    program = Program(graph, Constants(state), specs, flat.observed.names, flat.observed.structure or {}, dims)
+    _rename(graph, state, known.names)
+    structure = flat.observed.structure or {}
+    program = Program(graph, Constants(state), specs, flat.observed.names, structure, dims, left=known.left)
     program.sweep()
     program.inputs = tuple(map(_with_range, specs, program.placeholders))
     _refuse_batch_statistics(program)
@@ -324,6 +329,26 @@ def _refuse_batch_statistics(program: Program) -> None:
 
 def _user_name(name: str) -> str:
     return name.removeprefix(f"{_WRAPPED}.")
+
+
+def _rename(graph: Graph, state: dict[str, torch.Tensor], names: Mapping[str, str]) -> None:
+    """Call modules and constants as the user does, who did not write peft's wrappers."""
+
+    def plain(path: str) -> str:
+        for made, name in sorted(names.items(), reverse=True):  # inner wrappers first
+            if path == made or path.startswith(f"{made}."):
+                path = name + path[len(made) :]
+        return path
+
+    if not names:
+        return
+    for name in list(state):
+        state[plain(name)] = state.pop(name)
+    for node in graph.nodes:
+        if node.op == "get_attr":
+            node.target = plain(str(node.target))
+        stack = node.meta.get("nn_module_stack") or {}
+        node.meta["nn_module_stack"] = {key: (plain(path), kind) for key, (path, kind) in stack.items()}
 
 
 def _unlift(exported: ExportedProgram) -> tuple[Graph, dict[str, torch.Tensor]]:

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from . import wrapped
 
 Forward = Callable[..., Any]
 
@@ -73,9 +76,30 @@ KNOWN: dict[str, Callable[[Any], Forward | None]] = {
 """Qualified class name → function of a layer that gives its forward in our operators, or None where there is none."""
 
 
+@dataclass
+class Recognised:
+    """What was found in a model.
+
+    Attributes:
+        paths: of the layers that run as one of our operators, or as one layer with one weight.
+        left: path → why a layer of peft runs as it is.
+        names: paths that peft's wrappers made → what the user calls them.
+    """
+
+    paths: list[str]
+    left: dict[str, str]
+    names: dict[str, str]
+
+
 @contextmanager
-def recognised(model: nn.Module) -> Iterator[list[str]]:
-    """Within it, every layer of `model` that is :data:`KNOWN` runs as one of our operators; yields their paths."""
+def recognised(model: nn.Module) -> Iterator[Recognised]:
+    """Within it, every layer of `model` that is :data:`KNOWN` runs as one of our operators, and every layer of peft
+    that can as one layer with one weight.
+
+    Raises:
+        CaptureError: running a layer of peft would change the model.
+    """
+    names, left = wrapped.wrappers(model), {}
     found: list[tuple[str, nn.Module, Forward]] = []
     for path, module in model.named_modules():
         make = KNOWN.get(f"{type(module).__module__}.{type(module).__qualname__}")
@@ -86,10 +110,15 @@ def recognised(model: nn.Module) -> Iterator[list[str]]:
         from .kernels import _op
 
         _ = _op.OPS  # registers the operators
+    for path, module, how in wrapped.layers(model):
+        if isinstance(how, str):
+            left[path] = how
+        else:
+            found.append((path, module, how))
     try:
         for _, module, forward in found:
             vars(module)["forward"] = forward
-        yield [path for path, _, _ in found]
+        yield Recognised([path for path, _, _ in found], left, names)
     finally:
         for _, module, _ in found:
             vars(module).pop("forward", None)

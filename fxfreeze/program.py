@@ -116,6 +116,7 @@ class Program:
         dims: smallest and largest size (None: unbounded) of every symbolic dim.
         folds: adapters folded into a constant whose rounding has not been measured yet.
         taps: names of what is returned behind the outputs while it trains; no part of `structure`.
+        left: module path → why a known layer of another library was captured as it is.
     """
 
     graph: Graph
@@ -126,6 +127,7 @@ class Program:
     dims: dict[str, tuple[int, int | None]] = field(default_factory=dict)
     folds: dict[str, Fold] = field(default_factory=dict)
     taps: tuple[str, ...] = ()
+    left: dict[str, str] = field(default_factory=dict)
 
     # ------------------------------------------------------------------ reading
 
@@ -347,7 +349,7 @@ class Program:
         output.meta = dict(self.graph.output_node().meta)
         return Program(
             graph, self.state.copy(), self.inputs, self.outputs, self.structure, dict(self.dims), dict(self.folds),
-            self.taps,
+            self.taps, self.left,
         )  # fmt: skip
 
     def _unique_name(self, name: str) -> str:

@@ -22,6 +22,7 @@ from .clean.gates import RecogniseGates
 from .clean.noops import StripLateNoOps, StripNoOps
 from .clean.parameters import ReplaceParameters
 from .clean.shapes import ExplicitShapes
+from .clean.wrapped import FoldWrapped
 from .fold.affine import FoldAffine
 from .fold.codebook import FoldCodebook
 from .fold.delta import FoldDelta
@@ -45,6 +46,7 @@ PIPELINE: tuple[Pass, ...] = (
     ReplaceParameters(),
     ExplicitShapes(),
     StripNoOps(),
+    FoldWrapped(),
     CommonSubexpressions(),
     FoldConstants(),
     FourDimAttention(),

@@ -8,11 +8,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor
 
 from fxfreeze.plan import IA3, OFT, DoRA, Gate, Head, LoRA, Prefix, Prompt, Splice, Step, Tap, Tversky, VeRA
 from fxfreeze.program import ADAPTERS, SETTINGS
+from fxfreeze.rotations import FLOOR, rotated, rotations
 
 from ._operators import WeightOperator
 
@@ -35,7 +35,7 @@ TOKENS = "TOKENS"
 DeltaStep = LoRA | DoRA | IA3 | VeRA | OFT
 """Steps that change the weight of one operator."""
 
-NORM_FLOOR = 1e-30
+NORM_FLOOR = FLOOR
 """DoRA divides by a norm no smaller than this: a row of zeros (a pruned output, say) stays a row of zeros."""
 
 
@@ -111,47 +111,21 @@ def projections(operator: WeightOperator, a: Tensor, b: Tensor) -> tuple[Tensor,
     return a[:, : math.prod(operator.shape[1:])], b[: operator.out_features]
 
 
-def rotations(step: OFT, vectors: Tensor) -> Tensor:
-    """The blocks of R, ``[blocks, size, size]``, from the upper triangles of their skew-symmetric Q.
-
-    Args:
-        vectors: ``[blocks, size · (size − 1) / 2]``, row by row.
-    """
-    blocks, size = vectors.shape[0], step.block_size
-    rows, columns = torch.triu_indices(size, size, 1, device=vectors.device)
-    first = torch.arange(blocks, device=vectors.device).unsqueeze(1)
-    upper = vectors.new_zeros(blocks, size, size).index_put((first, rows, columns), vectors)
-    skew = upper - upper.transpose(1, 2)
-    if step.coft:
-        length = torch.linalg.vector_norm(skew, dim=(1, 2), keepdim=True).clamp_min(NORM_FLOOR)
-        # peft projects the parameter itself before every forward: no gradient goes through the length.
-        skew = skew * (step.eps / math.sqrt(blocks) / length).clamp_max(1).detach()
-    identity = torch.eye(size, dtype=vectors.dtype, device=vectors.device)
-    if step.terms is None:
-        return torch.linalg.solve(identity + skew, identity - skew, left=False)
-    total, power = identity + skew * (2 if step.terms > 1 else 0), skew
-    for n in range(2, max(step.terms, 4) if step.terms > 2 else 0):  # peft's three terms are its four
-        power = power @ skew
-        total = total + power * (1 if n == max(step.terms, 4) - 1 else 2)
-    return total.expand(blocks, size, size)
-
-
-def rotated(step: OFT, value: Tensor, vectors: Tensor) -> Tensor:
-    """``value · R`` along the last dim."""
-    parts = value.unflatten(-1, (-1, 1, step.block_size))
-    return (parts @ rotations(step, vectors)).flatten(-3)
+def blocks(step: OFT, vectors: Tensor) -> Tensor:
+    """The blocks of the step's R, from its parameter."""
+    return rotations(vectors, step.block_size, eps=step.eps if step.coft else None, terms=step.terms)
 
 
 def turned(step: OFT, operator: WeightOperator, weight: Tensor, vectors: Tensor) -> Tensor:
     """The canonical weight of a layer whose inputs, or outputs if it is an embedding, are rotated by R first."""
     if operator.kind == "embedding":
-        return rotated(step, weight.T, vectors).T
-    blocks = rotations(step, vectors).transpose(1, 2)
+        return rotated(weight.T, blocks(step, vectors)).T
+    turns = blocks(step, vectors).transpose(1, 2)
     out, groups = operator.out_features, operator.groups
     if not step.share and groups > 1:  # a row sees the features of its group only, and so their blocks
-        blocks = blocks.unflatten(0, (groups, 1, -1)).expand(-1, out // groups, -1, -1, -1).flatten(0, 1)
+        turns = turns.unflatten(0, (groups, 1, -1)).expand(-1, out // groups, -1, -1, -1).flatten(0, 1)
     parts = weight.reshape(out, -1, 1, step.block_size)
-    return (parts @ blocks).reshape(operator.shape)
+    return (parts @ turns).reshape(operator.shape)
 
 
 def misfit(step: DeltaStep, operator: WeightOperator) -> str | None:

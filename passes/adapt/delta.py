@@ -17,20 +17,21 @@ from fxfreeze.inline import inline
 from fxfreeze.plan import IA3, OFT, DoRA, LoRA, VeRA
 from fxfreeze.program import SETTINGS, Origin, Program
 from fxfreeze.rewrite import Context, Pass
+from fxfreeze.rotations import rotated
 
 from .._adapters import (
     BASE,
     DELTA,
     NORM_FLOOR,
     DeltaStep,
+    blocks,
     changed,
     describe,
     misfit,
     parameter_name,
     projections,
-    rotated,
     turned,
-)  # fmt: skip
+)
 from .._operators import Moves, WeightOperator, apply, aten, weight_operator
 from ._parameters import Source, parameter_dtype, parameters
 from ._parameters import projections as drawn_projections
@@ -273,7 +274,7 @@ class _Site:
     def _rotated(self, step: OFT, value: Node) -> Node:
         vectors, dtype = self.values[step.name]["oft_R"], value.meta["val"].dtype
         wide = self._cast(step, value, vectors.meta["val"].dtype)
-        result = self._inline(step, lambda value, vectors: rotated(step, value, vectors), wide, vectors)
+        result = self._inline(step, lambda value, vectors: rotated(value, blocks(step, vectors)), wide, vectors)
         return self._cast(step, result, dtype)
 
     def _inline(self, step: DeltaStep, function: Callable[..., Tensor], *operands: Node) -> Node:
