@@ -28,6 +28,7 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 LEAVES = {
     "lora_A.weight": "lora_A",
     "lora_B.weight": "lora_B",
+    "lora_B.bias": "lora_bias",
     "lora_embedding_A": "lora_A",
     "lora_embedding_B": "lora_B",
     "lora_magnitude_vector": "lora_magnitude",
@@ -96,11 +97,10 @@ class _Type:
 _TYPES = {
     "LORA": _Type(
         "lora", frozenset({"lora_A", "lora_B"}),
-        ("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern",
+        ("r", "lora_alpha", "lora_dropout", "lora_bias", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern",
          "init_lora_weights", "megatron_core", "loftq_config", "eva_config", "corda_config", "lora_ga_config",
          "qalora_group_size", "runtime_config"),
-        {"lora_bias": "B has a bias, which is no change of a weight",
-         "megatron_config": "the layers are split over devices",
+        {"megatron_config": "the layers are split over devices",
          "trainable_token_indices": "single rows of an embedding are trained",
          "target_parameters": "parameters rather than layers are adapted",
          "alora_invocation_tokens": "the adapter is on only behind certain tokens of the input",
@@ -254,6 +254,9 @@ def _check_config(found: Checkpoint, known: _Type) -> None:
         if version is None or tuple(map(int, version.groups())) < (0, 18):
             raise found.problem("the Neumann series of OFT meant something else before peft 0.18",
                                 hint="train it again with a newer peft, or with use_cayley_neumann=False")  # fmt: skip
+    if found.config.get("use_dora") and found.config.get("lora_bias"):
+        raise found.problem("lora_bias beside use_dora: B has a bias that the magnitude does not scale",
+                            hint="train it again with one of them")  # fmt: skip
     saved = found.config.get("modules_to_save") or []
     below = [f".{path}." for path in found.parameters]
     if saved and not any(f".{name}." in path for name in saved for path in below):
@@ -266,7 +269,8 @@ def _check_config(found: Checkpoint, known: _Type) -> None:
 
 def _check_site(found: Checkpoint, known: _Type, path: str, keys: Mapping[str, str]) -> None:
     """Refuse a site whose parameters are not those of the type, or that the configuration does not name."""
-    needed = known.leaves | ({"lora_magnitude"} if found.config.get("use_dora") and known.kind == "lora" else set())
+    more = {"use_dora": "lora_magnitude", "lora_bias": "lora_bias"} if known.kind == "lora" else {}
+    needed = known.leaves | {leaf for key, leaf in more.items() if found.config.get(key)}
     if needed != keys.keys():
         here, there = ", ".join(sorted(keys)), ", ".join(sorted(needed))
         raise found.problem(f"{path} has {here} in the weights file, but the configuration is of a type with {there}")
@@ -314,7 +318,8 @@ def _lora(found: Checkpoint, path: str, keys: Mapping[str, str]) -> dict[str, An
         actual = found.shapes[keys["lora_A"]][0]
         raise found.problem(f"r and rank_pattern give {path} rank {rank}, but {keys['lora_A']} has {actual}")
     alpha = _from_pattern(config.get("alpha_pattern"), path, config.get("lora_alpha", 8))
-    return {"rank": rank, "alpha": alpha, "rslora": bool(config.get("use_rslora"))}
+    extra = {"bias": True} if config.get("lora_bias") else {}
+    return {"rank": rank, "alpha": alpha, "rslora": bool(config.get("use_rslora")), **extra}
 
 
 def _from_pattern(patterns: Mapping[str, Any] | None, path: str, default: Any) -> Any:

@@ -345,6 +345,8 @@ class LoRA(_LowRank):
     what was compiled.
     """
 
+    meaning = ("rank", "scale", "bias")
+
     kind: Literal["lora"] = Field(default="lora", description="Low-rank update.", kw_only=True)
     adapters: Count | None = Field(
         default=None, description="Number of adapters, of which every row of a batch names one, or none of them by 0."
@@ -360,6 +362,10 @@ class LoRA(_LowRank):
         "them. Without it the adapter starts as an update of zero.",
     )
 
+    bias: Flag = Field(
+        default=False, description="B has a bias too, scaled as B·A is; for layers that have a bias (peft's lora_bias)."
+    )
+
     @property
     def selection(self) -> tuple[str, int] | None:
         return None if self.adapters is None else (self.select, self.adapters + 1)
@@ -370,6 +376,8 @@ class LoRA(_LowRank):
         if files is not None and files != self.adapters:
             have = "no adapters are asked for" if self.adapters is None else f"there are {self.adapters} adapters"
             yield "weights", f"lists {files} files, but {have}; a list has one per adapter"
+        if self.bias and self.adapters is not None:
+            yield "bias", "has no form for several adapters; leave it out"
 
 
 class DoRA(_LowRank):

@@ -103,6 +103,8 @@ def changed(
     if isinstance(step, DoRA):
         norm = weight.flatten(1).norm(dim=1).clamp_min(NORM_FLOOR)
         weight = weight * (values["lora_magnitude"] / norm).reshape(rows)
+    if isinstance(step, LoRA) and step.bias and bias is not None:
+        bias = bias + step.scale * values["lora_bias"]
     return weight, bias
 
 
@@ -130,6 +132,8 @@ def turned(step: OFT, operator: WeightOperator, weight: Tensor, vectors: Tensor)
 
 def misfit(step: DeltaStep, operator: WeightOperator) -> str | None:
     """Why `step` cannot act on a layer that other steps can, in a sentence without a subject."""
+    if isinstance(step, LoRA) and step.bias and operator.bias is None:
+        return "has no bias that B's could be added to"
     if not isinstance(step, OFT):
         return None
     if math.prod(operator.kernel) > 1:

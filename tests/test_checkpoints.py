@@ -110,6 +110,7 @@ def edit_weights(folder: Path, **changes: Any) -> dict[str, Tensor]:
 CONFIGS: dict[str, tuple[type[Step], Any]] = {
     "lora": (fz.LoRA, lambda: peft.LoraConfig(r=3, lora_alpha=5, target_modules=NAMES)),
     "rslora": (fz.LoRA, lambda: peft.LoraConfig(r=4, lora_alpha=6, use_rslora=True, target_modules=NAMES)),
+    "lora_bias": (fz.LoRA, lambda: peft.LoraConfig(r=3, lora_bias=True, target_modules=["c1d", "q", "conv"])),
     "dora": (fz.DoRA, lambda: peft.LoraConfig(r=2, lora_alpha=3, use_dora=True, target_modules=NAMES)),
     "ia3_out": (fz.IA3, lambda: peft.IA3Config(target_modules=["c1d", "q", "conv"], feedforward_modules=[])),
     "vera": (fz.VeRA, lambda: peft.VeraConfig(r=5, target_modules=["c1d", "q", "v"], projection_prng_key=7)),
@@ -306,6 +307,12 @@ def test_what_bfloat16_would_lose_is_refused(tmp_path: Path) -> None:
 # ---- refusals
 
 
+def test_a_bias_needs_one_to_fold_into(tmp_path: Path) -> None:
+    model, _ = trained(peft.LoraConfig(r=2, lora_bias=True, target_modules=["v"]), tmp_path)
+    with pytest.raises(fz.PlanError, match="has no bias that B's could be added to"):
+        compiled(model, fz.from_peft(tmp_path))
+
+
 def refusal(folder: Path) -> str:
     with pytest.raises(fz.PlanError) as caught:
         fz.from_peft(folder)
@@ -326,7 +333,8 @@ def saved(tmp_path: Path) -> Path:
         ({"peft_type": "IA3"}, "unknown key 'init_lora_weights' = 'gaussian'"),
         ({"use_rslora": True, "r": 3}, "give blocks.0.q rank 3, but"),
         ({"use_dora": True}, "is of a type with lora_A, lora_B, lora_magnitude"),
-        ({"lora_bias": True}, "B has a bias"),
+        ({"lora_bias": True}, "is of a type with lora_A, lora_B, lora_bias"),
+        ({"lora_bias": True, "use_dora": True}, "the magnitude does not scale"),
         ({"target_parameters": ["q.weight"]}, "parameters rather than layers"),
         ({"trainable_token_indices": [1]}, "single rows"),
         ({"alora_invocation_tokens": [1, 2]}, "behind certain tokens"),

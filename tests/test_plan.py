@@ -172,7 +172,7 @@ def test_edges_that_are_fine() -> None:
          "steps[0].rank: must be a valid integer, got 1.5"),
         ({"steps": [{"kind": "lora", "at": "a", "rank": 1, "rnak": 2}]},
          "steps[0].rnak: unknown key (did you mean rank?); known keys: "
-         "kind, at, name, rank, alpha, rslora, weights, adapters, select"),
+         "kind, at, name, rank, alpha, rslora, weights, adapters, select, bias"),
         ({"steps": [{"kind": "lora", "at": "a", "rank": 1, "rslora": 1}]},
          "steps[0].rslora: must be a valid boolean, got 1"),
         ({"steps": [{"kind": "lroa", "at": "a"}]},

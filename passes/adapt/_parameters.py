@@ -36,7 +36,7 @@ from torch import Tensor
 from fxfreeze import weights
 from fxfreeze.checkpoints import PREFIX, SHARED, adapter_key, parameter_key
 from fxfreeze.errors import PlanError
-from fxfreeze.plan import IA3, OFT, DoRA, Replace, Step, VeRA
+from fxfreeze.plan import IA3, OFT, DoRA, LoRA, Replace, Step, VeRA
 from fxfreeze.program import ADAPTERS, SETTINGS, Program
 
 from .._adapters import DeltaStep, parameter_name
@@ -83,6 +83,8 @@ def parameters(step: DeltaStep, operator: WeightOperator, weight: Tensor) -> lis
         Parameter("lora_A", a, lambda generator: torch.zeros(a) if embedding else _uniform(a, generator)),
         Parameter("lora_B", b, lambda generator: torch.randn(b, generator=generator) if embedding else torch.zeros(b)),
     ]
+    if isinstance(step, LoRA) and step.bias:
+        found.append(Parameter("lora_bias", (operator.out_features,), lambda generator: torch.zeros(b[0])))
     if isinstance(step, DoRA):
         found.append(Parameter("lora_magnitude", (operator.out_features,), lambda generator: _norms(weight)))
     return found

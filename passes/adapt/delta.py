@@ -291,6 +291,11 @@ class _Site:
             gain = self._emit(step, aten.reshape.default, gain, self.operator.per_feature())
         return self._cast(step, self._emit(step, aten.mul.Tensor, value, gain), value.meta["val"].dtype)
 
+    def _shift(self, step: DeltaStep) -> Node | None:
+        """What `step` adds to the bias."""
+        leaf = self.values[step.name].get("lora_bias")
+        return None if leaf is None else self._scaled(step, leaf)
+
     def _branch(self, step: LoRA | DoRA | VeRA, source: Node) -> Node:
         """What `step` adds to the weight, applied to `source`; the scale sits on the narrow side."""
         if isinstance(step, VeRA):
@@ -300,12 +305,14 @@ class _Site:
         if self.operator.kernel:
             args, kwargs = self.operator.call_arguments(input=source, weight=a, bias=None)
             narrow = self._emit(step, self.operator.node.target, *args, **kwargs)
-            return self._emit(step, _POINTWISE[len(self.operator.kernel)], self._scaled(step, narrow), b)
+            return self._emit(
+                step, _POINTWISE[len(self.operator.kernel)], self._scaled(step, narrow), b, self._shift(step)
+            )
         if self.operator.kind == "embedding":
             narrow = self._lookup(step, self._emit(step, aten.transpose.int, a, 0, 1), source)
         else:
             narrow = self._emit(step, aten.linear.default, source, a)
-        return self._emit(step, aten.linear.default, self._scaled(step, narrow), b)
+        return self._emit(step, aten.linear.default, self._scaled(step, narrow), b, self._shift(step))
 
     def _scaled_branch(self, step: VeRA, source: Node) -> Node:
         values, operator = self.values[step.name], self.operator
@@ -323,7 +330,7 @@ class _Site:
         args, kwargs = self.operator.call_arguments(input=rows, weight=table, sparse=False, scale_grad_by_freq=False)
         return self._emit(step, aten.embedding.default, *args, **kwargs)
 
-    def _scaled(self, step: LoRA | DoRA, value: Node) -> Node:
+    def _scaled(self, step: Any, value: Node) -> Node:
         return value if step.scale == 1 else self._emit(step, aten.mul.Tensor, value, step.scale)
 
     # ------------------------------------------------------------------ in the weight
@@ -337,6 +344,8 @@ class _Site:
         for step in self.steps[: self.in_weight]:
             if not isinstance(step, IA3):
                 weight = self._changed(step, weight)
+                if bias is not None and (shift := self._shift(step)) is not None:
+                    bias = self._emit(step, aten.add.Tensor, bias, shift)
                 continue
             gain = self.values[step.name]["ia3"]
             factor = self._emit(step, aten.reshape.default, gain, operator.per_row()) if step.side == "out" else (

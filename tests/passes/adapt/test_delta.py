@@ -144,6 +144,8 @@ def change(layer: nn.Module, step: Any, state: dict[str, Tensor]) -> None:
             first = state["vera_A"][:, : row.numel()].reshape(step.rank, *row.shape)
             for r in range(step.rank):
                 row = row + state["lambda_b"][o] * state["vera_B"][o, r] * state["lambda_d"][r] * first[r]
+        if "lora_bias" in state:
+            layer.bias.data[o] += scale * state["lora_bias"][o]
         if "lora_magnitude" in state:
             row = row / row.square().sum().sqrt() * state["lora_magnitude"][o]
         if gain is not None:
@@ -167,6 +169,10 @@ def by_hand(model: nn.Module, net: fz.AdaptedModule) -> nn.Module:
 
 
 EVERY = ["layers.*", "twice"]
+BIASED = [
+    "twice",
+    *(f"layers.{name}" for name in LAYERS if name not in ("linear_no_bias", "conv2d_depthwise", "embedding")),
+]
 STEPS: dict[str, list[Any]] = {
     "lora": [fz.LoRA(at=EVERY, rank=3, alpha=5)],
     "rslora": [fz.LoRA(at=EVERY, rank=2, alpha=5, rslora=True)],
@@ -181,6 +187,7 @@ STEPS: dict[str, list[Any]] = {
     "ia3-in, dora, lora, ia3-out": [
         fz.IA3(at=EVERY, side="in"), fz.DoRA(at=EVERY, rank=2), fz.LoRA(at=EVERY, rank=1), fz.IA3(at=EVERY)
     ],
+    "lora with a bias, ia3-out": [fz.LoRA(at=BIASED, rank=2, alpha=3, bias=True), fz.IA3(at=EVERY)],
     "vera": [fz.VeRA(at=EVERY, rank=3, seed=2)],
     "ia3-in, vera, dora": [fz.IA3(at=EVERY, side="in"), fz.VeRA(at=EVERY, rank=2), fz.DoRA(at=EVERY, rank=1)],
     "dora, dora": [fz.DoRA(at=EVERY, rank=2), fz.DoRA(at=EVERY, rank=1)],

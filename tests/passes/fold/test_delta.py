@@ -295,6 +295,10 @@ def series_of_the_transform(step: Any, operator: Any, weight: Tensor, bias: Any,
     return changed(step.model_copy(update={"terms": 6}), operator, weight, bias, values)
 
 
+def bias_unscaled(step: Any, operator: Any, weight: Tensor, bias: Any, values: dict[str, Tensor]) -> Any:
+    return changed(step, operator, weight, bias, values | {"lora_bias": values["lora_bias"] / step.scale})
+
+
 def other_columns(step: Any, operator: Any, weight: Tensor, bias: Any, values: dict[str, Tensor]) -> Any:
     return changed(step, operator, weight, bias, values | {"vera_A": values["vera_A"].flip(1)})
 
@@ -306,6 +310,8 @@ def other_columns(step: Any, operator: Any, weight: Tensor, bias: Any, values: d
         (fz.OFT(at="embed", block_size=2), rotated_back),
         (fz.OFT(at="c1d", block_size=3, terms=5), series_of_the_transform),
         (fz.VeRA(at=["twice", "up"], rank=2), other_columns),
+        (fz.LoRA(at="twice", rank=2, alpha=5, bias=True), bias_unscaled),
+        (fz.LoRA(at="up", rank=2, alpha=5, bias=True), bias_unscaled),
         (fz.LoRA(at="twice", rank=4), scale_off),
         (fz.LoRA(at="twice", rank=4), transposed),
         (fz.LoRA(at="twice", rank=4), bias_scaled),
