@@ -22,6 +22,7 @@ from .errors import (
     PlanError,
     ProofError,
 )
+from .merging import fold_checkpoint
 from .plan import (
     IA3,
     OFT,
@@ -82,6 +83,7 @@ __all__ = [
     "__version__",
     "adapt",
     "compile",
+    "fold_checkpoint",
     "from_peft",
     "load",
 ]

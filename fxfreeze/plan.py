@@ -312,7 +312,7 @@ class _FromPeft(Step):
 class _LowRank(_FromPeft):
     """Fields and scale that LoRA and DoRA share."""
 
-    meaning = ("rank", "scale")
+    meaning: ClassVar[tuple[str, ...]] = ("rank", "scale")
 
     rank: Count = Field(description="Rank r of the update B·A; A is (r, in features), B is (out features, r).")
     alpha: Number | None = Field(

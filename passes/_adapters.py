@@ -84,11 +84,11 @@ def changed(
     Args:
         values: the step's parameters by leaf name, in the dtype of `weight`.
     """
-    rows = operator.per_row()
+    rows, bias = operator.per_row(), None if bias is None else changed_bias(step, bias, values)
     if isinstance(step, IA3):
         gain = values["ia3"]
         if step.side == "out":
-            return weight * gain.reshape(rows), None if bias is None else bias * gain
+            return weight * gain.reshape(rows), bias
         out, inner, *kernel = operator.shape
         columns = gain.reshape(operator.groups, 1, inner).expand(-1, out // operator.groups, -1)
         return weight * columns.reshape(out, inner, *[1] * len(kernel)), bias
@@ -103,9 +103,14 @@ def changed(
     if isinstance(step, DoRA):
         norm = weight.flatten(1).norm(dim=1).clamp_min(NORM_FLOOR)
         weight = weight * (values["lora_magnitude"] / norm).reshape(rows)
-    if isinstance(step, LoRA) and step.bias and bias is not None:
-        bias = bias + step.scale * values["lora_bias"]
     return weight, bias
+
+
+def changed_bias(step: DeltaStep, bias: Tensor, values: Mapping[str, Tensor]) -> Tensor:
+    """What `step` makes of a layer's bias."""
+    if isinstance(step, IA3) and step.side == "out":
+        return bias * values["ia3"]
+    return bias + step.scale * values["lora_bias"] if isinstance(step, LoRA) and step.bias else bias
 
 
 def projections(operator: WeightOperator, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:

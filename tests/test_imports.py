@@ -69,6 +69,7 @@ TABLE: dict[str, str] = {
     "firing": "kernels program",
     "artifact": "banks binding emit firing lower parity plan program report sampling serialize weights _version",
     "adapt": "binding capture margin passes pipeline plan program proof rewrite weights",
+    "merging": "pass rewrite",
     "nn": "kernels",
     "api": "adapt artifact binding calibration capture emit lower parity passes pipeline plan program proof report "
     "rewrite sampling",

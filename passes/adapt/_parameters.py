@@ -195,6 +195,14 @@ class Source:
                 return True
         return False
 
+    def adapters(self) -> dict[str, tuple[str, str]]:
+        """Key → module path and parameter, of what the file holds in peft's words."""
+        return {key: found for found, key in self._peft.items()}
+
+    def keys_at(self, site: str) -> list[str]:
+        """The file's keys of `site` in peft's words."""
+        return [key for (path, _), key in self._peft.items() if path == site]
+
     def misfit(self, program: Program, sites: Sites, path: str) -> str | None:
         """Why what peft trained at `path` is no LoRA of that layer, in a sentence without a subject."""
         operator = sites.operators[path][0]
