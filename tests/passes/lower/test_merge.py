@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import fxfreeze as fz
+from fxfreeze.api import rewrite
 from fxfreeze.capture import capture
 from fxfreeze.constants import Recipe
 from fxfreeze.passes.lower.merge import MergeConstants
@@ -81,3 +82,16 @@ def test_small_ones_and_measured_ones_stay() -> None:
 
     program = merge(torch.zeros(BIG), torch.zeros(BIG), torch.zeros(BIG), prepare=folded)
     assert set(program.state) == {"c0", "c1"} and "c0" in program.folds
+
+
+def test_adapters_that_rows_select_stay_apart() -> None:
+    """Equal while none is trained, they are filled up one by one later on."""
+    size = 512
+    model = nn.Sequential(nn.Linear(size, size), nn.Linear(size, size)).eval()
+    plan = fz.Plan([fz.Input("x", shape=("batch", size))], [fz.LoRA(at=["0", "1"], rank=2, adapters=1)])
+    net = fz.adapt(model, plan, verify="off")
+    done = rewrite(net, plan, verify="off")
+    names = {str(node.target) for node in done.program.graph.nodes if node.op == "get_attr"}
+    same = {f"adapters.lora.{site}.lora_B" for site in "01"}
+    assert same <= names and all(done.program.state[name].nbytes >= 4096 for name in same)
+    assert torch.equal(*(done.program.state[name] for name in same))
