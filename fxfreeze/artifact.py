@@ -276,11 +276,11 @@ class Artifact:
 
         Args:
             name: what :attr:`adapters` calls it.
-            state: a LoRA of the same sites: a file that ``save_adapters`` of a module with one LoRA wrote, any
-                safetensors file, or tensors by name. Keys are ``<module path>.lora_A`` [rank, in] and ``lora_B``
-                [out, rank], with or without ``adapters.<step>.`` in front, in a floating dtype; they are rounded to the
-                dtype of the layer. The rank is the plan's or smaller. A file of ours says its scale, else it is the
-                plan's.
+            state: a LoRA of the same sites: a file that ``save_adapters`` of a module with one LoRA wrote, a folder
+                that peft wrote, any safetensors file, or tensors by name. Keys are ``<module path>.lora_A`` [rank, in]
+                and ``lora_B`` [out, rank], with or without ``adapters.<step>.`` in front, in a floating dtype; they are
+                rounded to the dtype of the layer. The rank is the plan's or smaller. A file of ours and a folder of
+                peft's say their scale, else it is the plan's.
             select: which input is to select it, where the plan has several.
 
         Returns:

@@ -358,8 +358,8 @@ class LoRA(_LowRank):
     weights: WeightFiles | None = Field(  # type: ignore[assignment]
         default=None,
         description="Path of a safetensors file with the trained adapter, relative to the plan's folder; with "
-        "`adapters` a list of them, one per adapter, each of this rank or a smaller one, or one file with all of "
-        "them. Without it the adapter starts as an update of zero.",
+        "`adapters` a list of them, or of folders that peft wrote, one per adapter, each of this rank or a "
+        "smaller one; or one file with all of them. Without it the adapter starts as an update of zero.",
     )
 
     bias: Flag = Field(

@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from .checkpoints import adapter_key
 from .errors import PlanError
-from .plan import LoRA, Plan, Step, write_file
+from .plan import LoRA, Plan, Step, from_peft, write_file
 from .program import ADAPTERS
 
 KIND, FORMAT = "fxfreeze.adapters", 1
@@ -139,7 +141,8 @@ class Lone:
     """One adapter out of many: the LoRA of one module, from a file of its own or a dict, for a place in a bank.
 
     A key is ``<module path>.<leaf>``, with or without ``adapters.<any step>.``: the adapter may have been trained under
-    another name than the bank has. A file of ours says with which scale; other numbers have the bank's.
+    another name than the bank has. A file of ours says with which scale, and so does a folder that peft wrote; other
+    numbers have the bank's.
 
     Raises:
         PlanError: the file cannot be read, or does not hold a LoRA.
@@ -147,8 +150,12 @@ class Lone:
 
     def __init__(self, state: str | os.PathLike[str] | Mapping[str, Tensor], where: str = "") -> None:
         metadata: dict[str, str] = {}
+        self._steps: list[LoRA] = []
         if isinstance(state, Mapping):
             self.stored, self.where = dict(state), where
+        elif os.path.isdir(state):
+            self.where = os.fspath(state)
+            self.stored = self._read_peft()
         else:
             (self.stored, metadata), self.where = read(state), os.fspath(state)
         self.trained: dict[str, dict[str, Any]] = {}
@@ -157,6 +164,15 @@ class Lone:
             self.trained = json.loads(metadata["steps"])
             self._refuse_others()
         self._asked: dict[str, None] = {}
+
+    def _read_peft(self) -> dict[str, Tensor]:
+        """The tensors of a peft checkpoint under our names; what it does beside them is refused."""
+        steps = from_peft(self.where)
+        self._steps = [step for step in steps if type(step) is LoRA]
+        if wrong := [step.kind for step in steps if type(step) is not LoRA]:
+            raise PlanError(f"holds more than a LoRA: {', '.join(wrong)}", where=self.where)
+        stored, _ = read(str(self._steps[0].weights))
+        return {".".join(found): value for key, value in stored.items() if (found := adapter_key(key))}
 
     def _refuse_others(self) -> None:
         kinds = {name: step.get("kind") for name, step in self.trained.items()}
@@ -185,7 +201,7 @@ class Lone:
         outer = b.shape[:1] if b_shape is None else b_shape[:1]
         check(a_key, a, (rank, *inner), self.where)
         check(b_key, b, (*outer, rank), self.where)
-        scale = self._scale(a_key, step)
+        scale = self._scale(a_key, site, step)
         missing = step.rank - rank
         return pad(a.detach().double(), (0, 0, 0, missing)), scale * pad(b.detach().double(), (0, missing))
 
@@ -211,7 +227,10 @@ class Lone:
         self._asked[keys[0]] = None
         return keys[0], self.stored[keys[0]]
 
-    def _scale(self, key: str, step: LoRA) -> float:
+    def _scale(self, key: str, site: str, step: LoRA) -> float:
+        for own in self._steps:
+            if any(fnmatchcase(site, glob) for glob in own.patterns):
+                return own.scale
         name = key.removeprefix(ADAPTERS).partition(".")[0] if key.startswith(ADAPTERS) else ""
         known = self.trained.get(name) or (next(iter(self.trained.values())) if len(self.trained) == 1 else {})
         return float(known.get("scale", step.scale))

@@ -45,7 +45,7 @@ TABLE: dict[str, str] = {
     "program": "constants plan",
     "binding": "program",
     "report": "",  # renders the plain data of a manifest, and so knows nobody
-    "weights": "plan program",
+    "weights": "checkpoints plan program",
     "functional": "program",
     "dataflow": "program",
     "sampling": "plan program",

@@ -176,6 +176,27 @@ def test_a_file_of_a_module_with_one_adapter_has_its_own_scale(loaded: fz.Artifa
     torch.testing.assert_close(loaded.target("onnx")(x, torch.full((6,), 3)), net(x), rtol=1e-4, atol=1e-4)
 
 
+def test_an_adapter_that_peft_trained(loaded: fz.Artifact, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+
+    def trained(folder: str, **given: Any) -> Any:
+        config = peft.LoraConfig(r=2, lora_alpha=5, target_modules=["0", "2"], **given)
+        net = peft.get_peft_model(network(), config)
+        with torch.no_grad():
+            for value in net.parameters():
+                if value.requires_grad:
+                    value.normal_()
+        net.save_pretrained(tmp_path / folder)
+        return net.eval()
+
+    net, x = trained("one", alpha_pattern={"2": 3}), draw()
+    loaded.add_adapter("one", tmp_path / "one")
+    torch.testing.assert_close(loaded.target("onnx")(x, torch.full((6,), 3)), net(x), rtol=1e-4, atol=1e-4)
+    trained("dora", use_dora=True)
+    with pytest.raises(ArtifactError, match="holds more than a LoRA: dora"):
+        loaded.add_adapter("dora", tmp_path / "dora")
+
+
 @pytest.mark.parametrize(
     ("name", "change", "message"),
     [
