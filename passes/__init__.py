@@ -40,6 +40,7 @@ from .lower.merge import MergeConstants
 from .lower.round import Round
 from .lower.selected import InlineSelected
 from .prune.dead_neurons import DeadNeurons
+from .prune.unread_rows import UnreadRows
 
 PIPELINE: tuple[Pass, ...] = (
     # clean: the parameters the plan gives, and what means nothing to a frozen graph
@@ -72,10 +73,11 @@ PIPELINE: tuple[Pass, ...] = (
     FoldGate(),
     FoldAffine(),
     FoldCodebook(),
-    # prune: what no input can reach
+    # prune: what no input can reach, and what no output reads; rows last, as neurons are found by what follows gates
     DeadNeurons(),
-    # fuse: one call where a compiler sees several; what skips neurons looks for their gate, and so comes
-    # first, and what is in a stack is found by nobody
+    UnreadRows(),
+    # fuse: one call where a compiler sees several; what skips neurons looks for their gate, and so comes first; what is
+    # in a stack is found by nobody
     SparseDown(),
     FuseGatedLinear(),
     MergeParallel(),
