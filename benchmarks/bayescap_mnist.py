@@ -15,8 +15,8 @@ Beside FILE a plot is written, as SVG: mean squared error against predicted vari
 
 Exit status 1: a target's mean, or its log σ², is off by more than 1e-4 of the largest, or the cap's μ is off by more
 than 0.02 from the frozen output in the mean, or σ² does not go along with the error (correlation ≤ 0.3), or the images
-are no likelier than with one σ² for all pixels. ``--quick`` has no such limits but the targets'. The images are ``mnist.npz``
-in FXFREEZE_DATA, or in ``../shared/data`` beside the repository.
+are no likelier than with one σ² for all pixels. ``--quick`` has no such limits but the targets'. The images are
+``mnist.npz`` in FXFREEZE_DATA, or in ``../shared/data`` beside the repository.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Latency of a folded LoRA against the bare base model, on each target."""
+"""Latency of folded adapters (LoRA, DoRA, IA3, OFT) against the bare base model, on each target."""
 
 from __future__ import annotations
 
@@ -20,18 +20,25 @@ TARGETS = ("torch", "aoti", "onnx")
 
 @dataclass(frozen=True)
 class Subject:
-    """A base model and where its adapters go: a glob for fxfreeze, a regular expression for peft."""
+    """A base model and where its adapters go: a glob for fxfreeze, a regular expression for peft.
+
+    Attributes:
+        methods: the adapters that fold into its layers; OFT does not into a convolution with a window.
+    """
 
     name: str
     model: nn.Module
     at: str
     modules: str
     batch: int
+    methods: tuple[str, ...] = ("LoRA", "DoRA", "IA3")
     rank: int = 8
+    block: int = 32
 
 
 def cases(options: Options) -> Iterator[Case]:
-    vit = Subject("ViT-tiny", models.vit_tiny(options.seed), "blocks.*.attn.qkv", r"blocks\.\d+\.attn\.qkv", batch=1)
+    vit = Subject("ViT-tiny", models.vit_tiny(options.seed), "blocks.*.attn.qkv", r"blocks\.\d+\.attn\.qkv", batch=1,
+                  methods=("LoRA", "DoRA", "IA3", "OFT"))  # fmt: skip
     resnet = Subject("ResNet-18", models.resnet("resnet18", options.seed), "layer*.*.conv*", r"layer.*conv\d", batch=1)
     for subject in [vit] if options.quick else [vit, resnet]:
         for target in TARGETS:
@@ -40,11 +47,14 @@ def cases(options: Options) -> Iterator[Case]:
 
 def folded_case(subject: Subject, target: str, seed: int) -> Case:
     """The control is the base compiled again: as far as its ratio is from 1, this machine cannot resolve."""
-    adapted = Adapted(subject, seed)
+    adapted = [Adapted(subject, method, seed) for method in subject.methods]
     peers = [
         Peer("base", lambda: compiled(subject.model, target)),
         Peer("base again (control)", lambda: compiled(subject.model, target)),
-        Peer("LoRA folded", lambda: adapted.compiled(target), reference=adapted.reference, limit=LIMIT),
+    ]
+    peers += [
+        Peer(f"{net.method} folded", functools.partial(net.compiled, target), reference=net.reference, limit=LIMIT)
+        for net in adapted
     ]
     if target == "torch":
         peft = Peft(subject, seed)
@@ -89,21 +99,23 @@ def disturb(module: nn.Module, seed: int) -> None:
 
 
 class Adapted:
-    """The base with a random LoRA, through fxfreeze; the reference is the adapted module, before any fold."""
+    """The base with a random adapter, through fxfreeze; the reference is the adapted module, before any fold."""
 
-    def __init__(self, subject: Subject, seed: int) -> None:
-        self.subject, self.seed = subject, seed
+    def __init__(self, subject: Subject, method: str, seed: int) -> None:
+        self.subject, self.method, self.seed = subject, method, seed
 
-    def lora(self) -> Any:
+    def step(self) -> Any:
         import fxfreeze as fz
 
-        return fz.LoRA(at=self.subject.at, rank=self.subject.rank)
+        sizes: dict[str, Any] = {"LoRA": {"rank": self.subject.rank}, "DoRA": {"rank": self.subject.rank}, "IA3": {},
+                                 "OFT": {"block_size": self.subject.block}}  # fmt: skip
+        return getattr(fz, self.method)(at=self.subject.at, **sizes[self.method])
 
     @functools.cached_property
     def net(self) -> nn.Module:
         import fxfreeze as fz
 
-        net = fz.adapt(self.subject.model, fz.Plan(inputs=[image()], steps=[self.lora()]))
+        net = fz.adapt(self.subject.model, fz.Plan(inputs=[image()], steps=[self.step()]))
         disturb(net, self.seed)
         return net
 
@@ -111,7 +123,7 @@ class Adapted:
         return self.net(x)
 
     def compiled(self, target: str) -> Callable[..., Any]:
-        return compiled(self.net, target, self.lora())
+        return compiled(self.net, target, self.step())
 
 
 class Peft:
