@@ -113,6 +113,15 @@ def test_several_adapters_are_those_that_are_active() -> None:
     check(theirs, Net())
 
 
+def test_rotations_compose_in_the_order_of_the_adapters() -> None:
+    theirs = wrap(peft.OFTConfig(oft_block_size=4, target_modules=["embed", "fc"]))
+    theirs.add_adapter("other", peft.OFTConfig(oft_block_size=8, target_modules=["embed", "fc", "point"]))
+    theirs.set_adapter("other")
+    draw(theirs)
+    theirs.base_model.set_adapter(["default", "other"])
+    check(theirs, Net())
+
+
 def test_merged_and_disabled_adapters_do_what_peft_does() -> None:
     theirs = wrap(peft.LoraConfig(r=2, target_modules=["fc", "conv"]))
     with torch.no_grad():
