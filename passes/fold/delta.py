@@ -133,9 +133,6 @@ def find_region(program: Program, nodes: list[Node]) -> Region | NoMatch:
     if len(leaving) != 1:
         return fail("a value between the adapter's operators is used elsewhere", leaving[0] if leaving else nodes[0])
     outside = list(dict.fromkeys(item for node in nodes for item in node.all_input_nodes if item not in inside))
-    entering = [item for item in outside if item.op != "get_attr"]
-    if len(entering) != 1:
-        return fail("the adapter reads something other than its operator's input", bases[0])
     parameters: dict[str, dict[str, Node]] = {}
     for item in outside:
         if item.op == "get_attr" and "fxfreeze" in item.meta:
@@ -147,6 +144,12 @@ def find_region(program: Program, nodes: list[Node]) -> Region | NoMatch:
     weight, bias = _source(operator.weight, inside), _source(operator.bias, inside)
     if weight is None or (bias is None) != (operator.bias is None):
         return fail("the adapted weight or bias does not come from one constant", bases[0])
+    entering = [item for item in outside if item.op != "get_attr"] or [
+        # The input may be a constant too, a position embedding say.
+        item for item in outside if "fxfreeze" not in item.meta and item not in (weight, bias)
+    ]  # fmt: skip
+    if len(entering) != 1:
+        return fail("the adapter reads something other than its operator's input", bases[0])
     plain = WeightOperator(bases[0], operator.kind, entering[0], weight, bias, operator.groups, operator.shape)
     return Region(plain, leaving[0], parameters)
 

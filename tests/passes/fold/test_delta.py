@@ -488,3 +488,28 @@ def test_insertion_and_fold_are_in_the_pipeline_in_this_order() -> None:
     kinds = [type(item) for item in PIPELINE]
     assert kinds.index(InsertDelta) < kinds.index(FoldDelta)
     assert next(item for item in PIPELINE if item.stage == "fold").name == "fold-delta"
+
+
+class Placed(nn.Module):
+    """A bottleneck that adapts a position embedding, as models of images have: its input is a constant."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.place = nn.Parameter(torch.randn(1, 7, 12))
+        self.down, self.up, self.head = nn.Linear(12, 4), nn.Linear(4, 12), nn.Linear(12, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(x + self.place + self.up(self.down(self.place).relu()))
+
+
+@pytest.mark.parametrize("step", [
+    fz.LoRA(at=["up", "down"], rank=2), fz.DoRA(at="down", rank=2), fz.IA3(at="up", side="in"),
+])  # fmt: skip
+def test_adapters_of_a_constant_are_folded_away_with_it(step: Any) -> None:
+    net = fz.adapt(Placed(), fz.Plan([fz.Input("x", ("batch", 7, 12))], [step], targets=[]))
+    train(net)
+    done = rewrite(net, net.plan)
+    assert [name for name in operators(done.program) if "add" not in name] == ["aten.linear.default"]
+    assert not done.program.folds
+    x = torch.randn(2, 7, 12)
+    assert torch.allclose(done.program.run(x)[0], net(x), atol=1e-5)
