@@ -67,7 +67,8 @@ class InsertPrompt(Pass):
                 f"steps[{index}].at: matches {', '.join(taken) if taken else 'no embedding of ids'}{reasons}",
                 where=step.name, hint="name the one embedding that looks up the tokens",
             )  # fmt: skip
-        _Insertion(program, step, taken[0], sites.operators[taken[0]][0]).run(ctx)
+        others = [other.name for other in ctx.plan.steps if other.name != step.name]
+        _Insertion(program, step, taken[0], sites.operators[taken[0]][0], others).run(ctx)
         return 1
 
 
@@ -83,12 +84,14 @@ class _Insertion:
 
     Attributes:
         site: path of the embedding.
+        others: names of the plan's other steps.
     """
 
     program: Program
     step: Prompt
     site: str
     operator: WeightOperator
+    others: list[str]
 
     def run(self, ctx: Context) -> None:
         ids = self._ids()
@@ -260,7 +263,7 @@ class _Insertion:
                 f"the model already has a parameter named {self.name}", where=self.site, hint="rename the step"
             )
         table = program.state[str(self.operator.weight.target)]
-        source = Source(step, [])
+        source = Source(step, self.others)
         if _PEFT in source.stored:
             source.stored[self.name] = source.stored.pop(_PEFT)
         shape = (step.tokens, self.operator.out_features)

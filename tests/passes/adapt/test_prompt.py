@@ -100,6 +100,22 @@ def test_a_prompt_trains_and_folds_to_a_constant() -> None:
     assert "sequences of up to 28 fit" in rows[0].detail
 
 
+def test_a_file_may_hold_the_adapters_of_the_whole_plan(tmp_path: Any) -> None:
+    model, file = Reader(lambda x, _: x), str(tmp_path / "all.safetensors")
+
+    def plan(weights: str | None) -> fz.Plan:
+        steps = [fz.Prompt(at="table", tokens=P, weights=weights), fz.LoRA(at="line", rank=2, weights=weights)]
+        return fz.Plan([IDS], steps, dims={"seq": {"max": 20}}, targets=[])
+
+    net = fz.adapt(model, plan(None), verify="off")
+    with torch.no_grad():
+        for value in net.parameters():
+            value.normal_()
+    net.save_adapters(file)
+    x = torch.randint(1, 50, (2, 5))
+    assert torch.equal(fz.adapt(model, plan(file), verify="off")(x), net(x))
+
+
 def test_a_half_precision_model_keeps_a_wide_prompt() -> None:
     model = gpt2().bfloat16()
     net = fz.adapt(model, plan_for("transformer.wte", ["logits"], [IDS]), verify="off")
