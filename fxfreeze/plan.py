@@ -312,7 +312,7 @@ class _FromPeft(Step):
 class _LowRank(_FromPeft):
     """Fields and scale that LoRA and DoRA share."""
 
-    meaning: ClassVar[tuple[str, ...]] = ("rank", "scale")
+    meaning = ("rank", "scale")
 
     rank: Count = Field(description="Rank r of the update B·A; A is (r, in features), B is (out features, r).")
     alpha: Number | None = Field(
@@ -344,8 +344,6 @@ class LoRA(_LowRank):
     stay beside the weight, so that rows of one batch may differ; :meth:`fxfreeze.Artifact.add_adapter` adds more to
     what was compiled.
     """
-
-    meaning = ("rank", "scale", "bias")
 
     kind: Literal["lora"] = Field(default="lora", description="Low-rank update.", kw_only=True)
     adapters: Count | None = Field(
