@@ -85,6 +85,8 @@ def test_what_cannot_be_done_is_undone(graph: tuple[Tensor, Tensor]) -> None:
     before = model(x, graph[1]).detach()
     found = edit(model, (x, graph[1]), [7], [other_class(before, 7)], limit=0.01, steps=60)
     assert not found.done and torch.equal(model(x, graph[1]), before)
+    found = edit(model, (x, graph[1]), [7], [other_class(before, 7)], limit=0.01, steps=60, weight=0.0)
+    assert found.corrected and not found.within and torch.equal(model(x, graph[1]), before)
 
 
 def test_a_table_is_the_network_for_this_graph(graph: tuple[Tensor, Tensor]) -> None:
