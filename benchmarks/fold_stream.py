@@ -1,9 +1,13 @@
-"""Peak memory of fz.fold_checkpoint above the import baseline, against the bytes of the base's largest shard."""
+"""Peak memory of fz.fold_checkpoint above the import baseline, against the bytes of the base's largest shard.
+
+``python -m benchmarks.fold_stream`` says what the stored row means for a base of 7 billion parameters.
+"""
 
 from __future__ import annotations
 
 import functools
 import json
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,7 +16,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from .harness import PEAK_MEMORY, Case, Options, Peer, Reading, models
+from .harness import PEAK_MEMORY, Case, Options, Peer, Reading, models, record
 from .harness.memory import peak_above
 
 LIMIT = 1.3
@@ -20,6 +24,9 @@ HERE = "benchmarks.fold_stream"
 WIDE = {"hidden": 2048, "inner": 5504, "layers": 12, "shards": 4, "vocabulary": 8000}
 SMALL = {"hidden": 256, "inner": 688, "layers": 4, "shards": 2, "vocabulary": 1000}
 RANK = 16
+LLAMA = {"hidden": 4096, "vocabulary": 32000}
+SHARD = 9.98e9
+"""Bytes of the larger of the two files that Llama-2-7B is published in."""
 
 Check = Callable[[], float]
 
@@ -116,3 +123,22 @@ def fold(folder: str) -> Check:
     if not count:
         raise RuntimeError("nothing was folded")
     return lambda: 0.0
+
+
+def main() -> int:
+    """Print what the stored row means for a base of 7 billion parameters."""
+    path = Path(sys.argv[1] if len(sys.argv) > 1 else "benchmarks/results/fold_stream.jsonl")
+    rows = {row["peer"]: row["value"] for row in record.read(path)}
+    peak, tensor = rows["fold_checkpoint"], rows["of which the largest tensor's bytes"]
+    largest = 2 * LLAMA["vocabulary"] * LLAMA["hidden"]
+    print(f"measured: {peak / 2**20:.0f} MiB, {peak / tensor:.1f} times the largest tensor, with which it grows")
+    print(
+        f"extrapolated to 7 billion parameters in bfloat16, largest tensor {largest / 2**20:.0f} MiB, shards of "
+        f"{SHARD / 2**30:.1f} GiB: {peak / tensor * largest / 2**30:.1f} GiB, "
+        f"{peak / tensor * largest / SHARD:.2f} times the largest shard"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
