@@ -144,7 +144,8 @@ class Shelf:
 
     def __init__(self, found: Sequence[Bank], file: Path, values: Mapping[str, Tensor] | None = None) -> None:
         self.banks, self.file = tuple(found), file
-        self._values = None if values is None else dict(values)
+        # Without banks there is no file.
+        self._values = dict(values or {}) if values is not None or not self.banks else None
 
     @property
     def values(self) -> dict[str, Tensor]:

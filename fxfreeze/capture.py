@@ -150,21 +150,23 @@ def flat_examples(plan: Plan, examples: Any) -> list[torch.Tensor] | None:
 
 
 @contextmanager
-def frozen(model: nn.Module) -> Iterator[None]:
-    """The model in eval mode without gradients; every module's mode is put back afterwards."""
+def frozen(model: nn.Module, *, gradients: bool = False) -> Iterator[None]:
+    """The model in eval mode, without gradients or with them; every module's mode is put back afterwards."""
     modes = [(module, module.training) for module in model.modules()]
     try:
         # Not model.eval(): a module that overrides train() may do more than set a flag.
         for module, _ in modes:
             module.training = False
-        with torch.no_grad():
+        with torch.set_grad_enabled(gradients):
             yield
     finally:
         for module, mode in modes:
             module.training = mode
 
 
-def capture(model: nn.Module, plan: Plan, examples: Sequence[torch.Tensor] | None = None) -> tuple[Program, FlatModel]:
+def capture(
+    model: nn.Module, plan: Plan, examples: Sequence[torch.Tensor] | None = None, *, gradients: bool = False
+) -> tuple[Program, FlatModel]:
     """Export `model` as `plan` declares its inputs and outputs.
 
     Args:
@@ -172,6 +174,7 @@ def capture(model: nn.Module, plan: Plan, examples: Sequence[torch.Tensor] | Non
             the model inside is meant.
         plan: names, dtypes, shapes and symbolic dims of the inputs; optionally the outputs to keep.
         examples: flat tensors to trace with; drawn from the plan when absent.
+        gradients: trace what the model does while its parameters, and what is before it, train.
 
     Returns:
         The Program, whose constants share memory with the model, and the flat eager model it was made from.
@@ -185,7 +188,9 @@ def capture(model: nn.Module, plan: Plan, examples: Sequence[torch.Tensor] | Non
     flat = FlatModel(model, [spec.name for spec in plan.inputs], plan.outputs)
     sizes = sampling.tracing_sizes(specs, dims, examples)
     inputs = sampling.sample_inputs(specs, sizes, seed=0, examples=examples)
-    with frozen(model), recognised(model) as known, quiet():
+    for value in inputs:
+        value.requires_grad_(gradients and (value.is_floating_point() or value.is_complex()))
+    with frozen(model, gradients=gradients), recognised(model) as known, quiet():
         exported = _export(flat, inputs, specs, dims)
         if flat.observed.structure is None:  # a strict trace leaves no side effects
             flat(*inputs)

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.fx import Node, map_arg
 
-from .capture import capture, check_capture
+from .capture import FlatModel, capture, check_capture, frozen
 from .errors import CaptureError, PlanError
 from .plan import Dim, Input, Plan
-from .program import Origin, Program, first_line, is_effectful
+from .program import Origin, Program, first_line, is_effectful, is_random
+from .proof import relative_error
 from .sampling import dim_choices, sample_inputs
 
 _LONGEST = 2**31
@@ -59,11 +61,12 @@ def scion(host: Program, module: nn.Module, operands: Mapping[str, Node], where:
 
     Raises:
         PlanError: an operand is no tensor with an element type that a plan knows.
-        CaptureError: the module cannot be captured at these shapes, or its graph disagrees with it.
+        CaptureError: the module cannot be captured at these shapes, or its graph, or the gradients of that, disagree
+            with it.
     """
     plan = _plan(host, operands, where)
     try:
-        program, eager = capture(module, plan)
+        program, eager = capture(module, plan, gradients=True)
         draws = [sample_inputs(program, sizes, seed) for seed, sizes in enumerate(dim_choices(program, 2))]
         check_capture(program, eager, draws)
     except CaptureError as error:
@@ -73,8 +76,10 @@ def scion(host: Program, module: nn.Module, operands: Mapping[str, Node], where:
             f"{error.what}{inner}",
             where=where, line=error.line, hint=error.hint,
         ) from error  # fmt: skip
-    trains = {name for name, value in module.named_parameters(remove_duplicate=False) if value.requires_grad}
-    return Scion(program, frozenset(trains & set(program.state)))
+    trains = {name: value for name, value in module.named_parameters(remove_duplicate=False) if value.requires_grad}
+    trainable = {name: value for name, value in trains.items() if name in program.state}
+    _check_gradients(program, eager, trainable, draws[-1], where)
+    return Scion(program, frozenset(trainable))
 
 
 def graft(
@@ -149,6 +154,52 @@ def same_form(one: Node, other: Node) -> bool:
 
 def _form(value: Any) -> object:
     return (str(value.dtype), tuple(map(str, value.shape))) if isinstance(value, Tensor) else str(value)
+
+
+def _check_gradients(
+    program: Program, eager: FlatModel, parameters: Mapping[str, Tensor], draw: Sequence[Tensor], where: str
+) -> None:
+    """Raises CaptureError: the module trains in another way than its graph would."""
+    if any(is_random(node) for node in program.graph.nodes):
+        return
+    leaves = {name: value.detach().clone().requires_grad_() for name, value in parameters.items()}
+
+    def load(node: Node) -> Tensor:
+        name = str(node.target)
+        return leaves[name] if name in leaves else program.state[name].to(node.meta["val"].dtype)
+
+    def call(node: Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return node.target(*args, **kwargs)  # type: ignore[operator]
+
+    with frozen(eager, gradients=True):
+        mine = _gradients(lambda given: program.execute(given, load, call), draw, leaves.values())
+        theirs = _gradients(lambda given: eager(*given), draw, parameters.values())
+    names = [f"input {spec.name!r}" for spec in program.inputs] + [f"parameter {name!r}" for name in leaves]
+    for name, now, then in zip(names, mine, theirs, strict=True):
+        loose = then is not None and torch.finfo(then.dtype).bits < 32
+        one, other = (torch.zeros(1) if value is None else value for value in (now, then))
+        same = one.shape == other.shape and relative_error(one, other) <= (0.1 if loose else 1e-3)
+        if not same and (bool(one.any()) or bool(other.any())):
+            raise CaptureError(
+                f"the gradient of {name} is another one in the captured graph than in the module",
+                where=where, hint="a custom autograd function, or a block without gradients, is lost: use detach()",
+            )  # fmt: skip
+
+
+def _gradients(
+    run: Callable[[list[Tensor]], Sequence[Tensor]], draw: Sequence[Tensor], parameters: Iterable[Tensor]
+) -> list[Tensor | None]:
+    """Of a weighted sum of the results, by the inputs and `parameters`; None: it does not depend on it."""
+    given = [value.detach().clone().requires_grad_(value.is_floating_point()) for value in draw]
+    results = [value for value in run(given) if value.requires_grad]
+    wanted = [value for value in (*given, *parameters) if value.requires_grad]
+    found: dict[int, Tensor | None] = {}
+    if results and wanted:
+        generator = torch.Generator().manual_seed(0)
+        weights = [torch.randn(value.shape, generator=generator).to(value.device, value.dtype) for value in results]
+        made = torch.autograd.grad(results, wanted, weights, allow_unused=True)
+        found = {id(value): gradient for value, gradient in zip(wanted, made, strict=True)}
+    return [found.get(id(value)) for value in (*given, *parameters)]
 
 
 def _plan(host: Program, operands: Mapping[str, Node], where: str) -> Plan:

@@ -55,7 +55,7 @@ TABLE: dict[str, str] = {
     "wrapped": "rotations",
     "foreign": "kernels wrapped",
     "capture": "binding constants exporting foreign functional margin plan program proof sampling wrapped",
-    "graft": "binding capture plan program sampling",
+    "graft": "capture plan program proof sampling",
     "calibration": "binding capture plan program sampling",
     "rewrite": "calibration plan program",
     "inline": "program",

@@ -19,8 +19,10 @@ Maker = Callable[[Any, Tensor], nn.Module]
 
 
 def _given(step: Splice | Head, value: Tensor) -> nn.Module:
-    if not isinstance(step.module, str):
+    if isinstance(step.module, nn.Module):
         return step.module
+    if not isinstance(step.module, str):
+        raise PlanError(f"module: a {type(step.module).__name__} is no nn.Module", where=step.name)
     package, _, name = step.module.partition(":")
     try:
         found: Any = importlib.import_module(package)

@@ -94,21 +94,26 @@ class Chain:
     """What steps put behind one value: each for some of its users, what is for more of them nearer to the value.
 
     Attributes:
-        links: who reads a link, its result, and the operators that make it.
+        links: who reads a link, its result, the operators that make it, and the site it is for.
     """
 
     value: Node
-    links: list[tuple[frozenset[Node], Node, frozenset[Node]]] = field(default_factory=list)
+    links: list[tuple[frozenset[Node], Node, frozenset[Node], str]] = field(default_factory=list)
 
-    def end(self, users: frozenset[Node]) -> Node:
-        """What `users` read, up to links that only some of them see."""
-        return next((link for seen, link, _ in reversed(self.links) if seen >= users), self.value)
+    def end(self, users: frozenset[Node], site: str | None = None) -> Node:
+        """What `users` read, up to links that only some of them see.
 
-    def add(self, link: Node, users: frozenset[Node], made: frozenset[Node]) -> None:
+        Args:
+            site: look no further than what is for this path or one below it.
+        """
+        seen = [item for item in self.links if site is None or item[3] == site or item[3].startswith(f"{site}.")]
+        return next((link for readers, link, *_ in reversed(seen) if readers >= users), self.value)
+
+    def add(self, link: Node, users: frozenset[Node], made: frozenset[Node], site: str = "") -> None:
         """Put `link`, which the operators `made` compute of :meth:`end`, behind that, for `users` only."""
-        inner = {node for seen, _, nodes in self.links if seen < users for node in nodes}
+        inner = {node for seen, _, nodes, _ in self.links if seen < users for node in nodes}
         self.end(users).replace_all_uses_with(link, delete_user_cb=lambda user: user in users or user in inner)
-        self.links.append((users, link, made))
+        self.links.append((users, link, made, site))
         self.links.sort(key=lambda item: -len(item[0]))
 
 

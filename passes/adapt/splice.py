@@ -13,11 +13,11 @@ from torch.fx import Node
 from fxfreeze.dataflow import sort
 from fxfreeze.errors import PlanError
 from fxfreeze.graft import Graft, Scion, first_argument, graft, infer_again, same_form, scion
-from fxfreeze.plan import BayesCap, Grafted, Head
+from fxfreeze.plan import BayesCap, Grafted, Head, Replace
 from fxfreeze.program import ADAPTERS, FROZEN, Origin, Program
 from fxfreeze.rewrite import Context, Pass, match_sites
 
-from .._adapters import SPLICE, describe, parameter_name
+from .._adapters import SPLICE, DeltaStep, describe, parameter_name
 from .._operators import aten
 from ._methods import make
 from ._parameters import Parameter, Source
@@ -32,7 +32,8 @@ class InsertSplice(Pass):
 
     A module is captured at the shapes of what it is given, and its operators become part of the graph: its parameters
     are adapters, those that require no gradient and its buffers constants. Where the site's module runs several times,
-    all calls share them. Steps at one site act in plan order. In half precision a module computes in its own dtype.
+    all calls share them. Modules act in the order in which the model runs, inner sites before outer ones, and at one
+    site in plan order. In half precision a module computes in its own dtype.
 
     Heads come last, behind all that the other steps put there.
     """
@@ -44,15 +45,35 @@ class InsertSplice(Pass):
         if not steps:
             return 0
         garden = _Garden(program, ctx)
-        requests = [(step, garden.places(step, index)) for index, step in steps]
-        for step, places in sorted(requests, key=lambda item: _is_head(item[0])):
-            source = Source(step, ctx.plan.steps)
-            for path, calls in places.items():
-                garden.plant(step, path, calls, source)
+        requests = [request for index, step in steps for request in garden.requests(step, index)]
+        placements = [(request, call) for request in requests for call in range(len(request.places))]
+        for request, call in sorted(placements, key=lambda item: garden.order(*item)):
+            garden.plant(request, call)
+        for source in {id(request.source): request.source for request in requests}.values():
             source.finish()
-        if garden.reshaped:
-            infer_again(program, garden.reshaped, ", ".join(step.name for _, step in steps))
-        return sum(len(places) for _, places in requests)
+        for request in requests:
+            garden.tell(request)
+        return len(placements)
+
+
+@dataclass
+class _Request:
+    """A step at a site.
+
+    Attributes:
+        index: of the step in the plan.
+        places: what the module reads and what its result takes the place of, call by call.
+        module, constants, operators: what was grafted by now; parameters and buffers by their names in the module.
+    """
+
+    index: int
+    step: Grafted
+    path: str
+    source: Source
+    places: list[Place]
+    module: nn.Module | None = None
+    constants: dict[str, Node] = field(default_factory=dict)
+    operators: int = 0
 
 
 @dataclass
@@ -61,23 +82,25 @@ class _Garden:
 
     Attributes:
         chains: what is behind a value by now.
-        reshaped: results that have another shape than what stood in their place.
+        entries: what is between that and those who read it, by the last link of the former.
+        position: of the nodes of the user's graph.
     """
 
     program: Program
     ctx: Context
     chains: dict[Node, Chain] = field(default_factory=dict)
-    reshaped: set[Node] = field(default_factory=set)
+    entries: dict[Node, Chain] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         # All globs are resolved on the user's graph.
         self.results: Results = find_results(self.program)
         self.operands: Operands = find_operands(self.program)
+        self.position = {node: index for index, node in enumerate(self.program.graph.nodes)}
 
     # ------------------------------------------------------------------ where
 
-    def places(self, step: Grafted, index: int) -> dict[str, list[Place]]:
-        """Path → what `step` changes there, call by call.
+    def requests(self, step: Grafted, index: int) -> list[_Request]:
+        """The sites of `step`.
 
         Raises:
             PlanError: there is none; a head has several; or a step changes what another removes.
@@ -87,6 +110,8 @@ class _Garden:
             offers = self.results
         elif step.on in ("weight", "bias"):
             offers = find_parameters(self.program, step.on)
+        if step.on not in ("output", "input"):
+            _refuse_others(self.program, self.ctx, step, index)
         taken, refused = resolve(offers, step, index)
         for path, reason in refused.items():
             self.ctx.ledger.add(
@@ -97,7 +122,15 @@ class _Garden:
                 f"steps[{index}].at: {step.at!r} names {', '.join(taken)}, but a head reads one value",
                 where=step.name, hint="name the others in taps",
             )  # fmt: skip
-        return {path: self._at(step, path, offers) for path in taken}
+        source = Source(step, self.ctx.plan.steps)
+        return [_Request(index, step, path, source, self._at(step, path, offers)) for path in taken]
+
+    def order(self, request: _Request, call: int) -> tuple[Any, ...]:
+        """As the model runs: what a value is before what reads it, inner modules first; heads last, then the plan."""
+        step, node = request.step, request.places[call][1].node
+        inwards = step.on == "input"
+        depth = request.path.count(".")
+        return _is_head(step), self.position[node], inwards, depth if inwards else -depth, request.index
 
     def _at(self, step: Grafted, path: str, offers: Offers) -> list[Place]:
         if step.on in ("input", "weight", "bias"):
@@ -109,45 +142,60 @@ class _Garden:
             raise PlanError(f"{path} runs {len(results)} times, but a head reads one value", where=step.name)
         if step.on == "output" and step.read == "value":
             return [(value, value) for value in results]
-        if step.on == "module":
-            _refuse_others(self.program, self.ctx, step, path)
         given = self.operands.operators.get(path, [])
         if len(given) != len(results):
             raise PlanError(f"{path} is not given one floating tensor per call", where=step.name)
         return list(zip(given, results, strict=True))
 
-    def end(self, value: Value) -> Node:
-        """What those who read `value` read by now."""
-        return self._chain(value).end(value.users)
+    def _made(self, value: Value, site: str | None = None) -> Node:
+        """What `value` is behind all that was put there, or that was put there for `site` and modules in it."""
+        return self._chain(value).end(value.users, site)
+
+    def _given(self, value: Value) -> Node:
+        """What those who read `value` are given."""
+        return self._entry(value).end(value.users)
 
     def _chain(self, value: Value) -> Chain:
         return self.chains.setdefault(value.node, Chain(value.node))
 
+    def _entry(self, value: Value) -> Chain:
+        made = self._made(value)
+        return self.entries.setdefault(made, Chain(made))
+
+    def _read(self, request: _Request, call: int) -> Node:
+        step, (read, replaced) = request.step, request.places[call]
+        if step.on == "input" or read is not replaced:
+            return self._given(read)
+        return self._made(read, request.path if _is_head(step) else None)
+
     # ------------------------------------------------------------------ what
 
-    def plant(self, step: Grafted, path: str, places: list[Place], source: Source) -> None:
-        """Graft the module of `step` at `path`, once per call, all with the same parameters."""
-        module = make(step, self.end(places[0][0]).meta["val"], path)
-        constants: dict[str, Node] = {}
-        operators = 0
-        for call, (read, replaced) in enumerate(places):
-            origin = Origin(step.name, SPLICE, path, call)
-            operands = {first_argument(module): self.end(read), **self._taps(step)}
-            before = _behind(self.program, operands.values())
-            operands = _cast(self.program, operands, _dtype(module), before, origin)
-            found = scion(self.program, module, operands, path)
-            constants = constants or self._constants(step, found, origin, source)
-            # What a head computes is the model's, and nothing that its site returns.
-            like = self.program.graph.output_node() if _is_head(step) else replaced.node
-            made = graft(
-                self.program, found, list(operands.values()), constants, before=before, like=like, origin=origin
-            )
-            operators += len(made.nodes)
-            if _is_head(step):
-                _put_out(self.program, step, made, origin)
-            else:
-                self._put_in(step, made, replaced, before, origin)
-        self._tell(step, path, module, f"{operators} operators", constants)
+    def plant(self, request: _Request, call: int) -> None:
+        """Graft the module of a request for one of its calls; all calls have the same parameters."""
+        step, path, program = request.step, request.path, self.program
+        origin, value = Origin(step.name, SPLICE, path, call), self._read(request, call)
+        module = request.module = request.module or make(step, value.meta["val"], path)
+        first, taps = first_argument(module), self._taps(step)
+        if first in taps:
+            raise PlanError(
+                f"taps: {first!r} is the argument of {type(module).__name__} that the value itself is given as",
+                where=step.name, hint="name another argument of its forward",
+            )  # fmt: skip
+        operands = {first: value, **taps}
+        before = _behind(program, operands.values())
+        operands = _cast(program, operands, _dtype(module), before, origin)
+        found = scion(program, module, operands, path)
+        request.constants |= self._constants(request, found, origin)
+        end, replaced = program.graph.output_node(), request.places[call][1].node
+        made = graft(program, found, list(operands.values()), request.constants, before=before, like=end, origin=origin)
+        request.operators += len(made.nodes)
+        if _is_head(step):
+            _put_out(program, step, made, origin)
+            return
+        nodes = self._put_in(request, call, made, before, origin)
+        if step.on in ("output", "module"):  # a part of the site's module, and of what that is in
+            for node in nodes:
+                node.meta["nn_module_stack"] = _stack(replaced, path)
 
     def _taps(self, step: Grafted) -> dict[str, Node]:
         names = [spec.name for spec in self.program.inputs]
@@ -157,7 +205,7 @@ class _Garden:
             if what in names:
                 found[keyword] = self.program.placeholders[names.index(what)]
             elif len(values) == 1:
-                found[keyword] = self.end(values[0])
+                found[keyword] = self._made(values[0], what)
             else:
                 reason = "returns several tensors, or runs several times" if values else "is no input and no module"
                 raise PlanError(f"taps: {what!r} {reason}", where=step.name, hint=f"the inputs are {', '.join(names)}")
@@ -165,35 +213,39 @@ class _Garden:
             found[step.selection[0]] = self.program.placeholders[names.index(step.selection[0])]
         return found
 
-    def _constants(self, step: Grafted, held: Scion, origin: Origin, source: Source) -> dict[str, Node]:
-        """Nodes of the module's parameters and buffers, in front of everything."""
-        first, like = next(iter(self.program.graph.nodes)), self.program.output_nodes[0]
+    def _constants(self, request: _Request, held: Scion, origin: Origin) -> dict[str, Node]:
+        """Nodes of the module's parameters and buffers that are not there yet, in front of everything."""
+        program, step, source = self.program, request.step, request.source
+        first, like = next(iter(program.graph.nodes)), program.graph.output_node()
         found: dict[str, Node] = {}
-        for name in held.program.state:
+        for name in [name for name in held.program.state if name not in request.constants]:
             value = held.program.state[name]
             trains = name in held.trainable
             full = parameter_name(step, origin.site, name) if trains else f"{FROZEN}{step.name}.{origin.site}.{name}"
-            if full in self.program.state:
+            if full in program.state:
                 raise PlanError(f"the model has a constant named {full}", where=origin.site, hint="rename the step")
             if trains:
                 parameter = Parameter(name, tuple(value.shape), _as_is(value))
                 value = source.value(origin.site, parameter).to(value.device, value.dtype)
-            found[name] = self.program.add_constant(full, value, before=first, like=like)
+            found[name] = program.add_constant(full, value, before=first, like=like)
             found[name].meta = {"val": found[name].meta["val"], "fxfreeze": origin}
         return found
 
-    def _put_in(self, step: Grafted, made: Graft, replaced: Value, before: Node, origin: Origin) -> None:
-        """Let those who read `replaced` read the one result of `made`, or the sum of both."""
-        program, old = self.program, self.end(replaced)
+    def _put_in(self, request: _Request, call: int, made: Graft, before: Node, origin: Origin) -> frozenset[Node]:
+        """Let those who read a value read the one result of `made`, or the sum of both; all nodes that makes."""
+        program, step, replaced = self.program, request.step, request.places[call][1]
+        chain = self._entry(replaced) if step.on == "input" else self._chain(replaced)
+        old = chain.end(replaced.users)
         if len(made.results) != 1:
             raise PlanError(
                 f"{step.name!r} returns {len(made.results)} tensors where one is read", where=origin.site,
                 hint="a module on an edge returns one tensor; a head returns any number",
             )  # fmt: skip
         (new,), nodes = made.results, set(made.nodes)
+        _check_kind(step, new, old, origin)
 
         def emit(target: Any, *args: Any) -> Node:
-            node = program.call(target, *args, before=before, like=replaced.node)
+            node = program.call(target, *args, before=before, like=program.graph.output_node())
             node.meta["fxfreeze"] = origin
             nodes.add(node)
             return node
@@ -203,23 +255,26 @@ class _Garden:
             new = emit(aten.add.Tensor, old, new if step.scale == 1 else emit(aten.mul.Tensor, new, step.scale))
         if new.meta["val"].dtype != old.meta["val"].dtype:
             new = emit(aten.to.dtype, new, old.meta["val"].dtype)
-        self._chain(replaced).add(new, replaced.users, frozenset(nodes))
-        if not same_form(new, old):
-            self.reshaped.add(new)
+        chain.add(new, replaced.users, frozenset(nodes), request.path)
         # A tap may come after those who read the value.
         if not sort(program.graph):
             raise PlanError(
                 f"what {step.name!r} reads is made of what it changes", where=origin.site,
                 hint="tap a value that does not depend on the site",
             )  # fmt: skip
+        if not same_form(new, old):
+            infer_again(program, {new}, step.name)
+        return frozenset(nodes)
 
-    def _tell(self, step: Grafted, path: str, module: nn.Module, made: str, constants: dict[str, Node]) -> None:
-        trained = [str(node.target) for node in constants.values() if str(node.target).startswith(ADAPTERS)]
-        count = sum(self.program.state[name].numel() for name in trained)
+    def tell(self, request: _Request) -> None:
+        """The row of a request in the ledger."""
+        step, state = request.step, self.program.state
+        trained = [name for node in request.constants.values() if (name := str(node.target)).startswith(ADAPTERS)]
         held = f"weights from {step.weights}" if step.weights else "with the weights it came with"
         self.ctx.ledger.add(
-            site=path, step=step.name, requested=describe(step), outcome="rewritten",
-            executes=f"{made} of {type(module).__name__}", detail=f"{count:,} trainable parameters, {held}",
+            site=request.path, step=step.name, requested=describe(step), outcome="rewritten",
+            executes=f"{request.operators} operators of {type(request.module).__name__}",
+            detail=f"{sum(state[name].numel() for name in trained):,} trainable parameters, {held}",
         )  # fmt: skip
 
 
@@ -258,15 +313,35 @@ def _behind(program: Program, operands: Iterable[Node]) -> Node:
     return node
 
 
-def _refuse_others(program: Program, ctx: Context, step: Grafted, path: str) -> None:
-    """Raises PlanError: another step changes the module that `step` takes the place of, or what is in it."""
-    for index, other in enumerate(ctx.plan.steps):
-        for found in [] if other is step else match_sites(program, other, index):
-            if found == path or found.startswith(f"{path}."):
-                raise PlanError(
-                    f"steps {step.name!r} and {other.name!r} both address {found}, but {step.name!r} takes it away",
-                    where=found, hint=f"leave {found} out of the patterns of {other.name!r}",
-                )  # fmt: skip
+def _stack(node: Node, path: str) -> dict[str, Any]:
+    """The modules around `node`, to the one at `path`."""
+    stack: dict[str, tuple[str, str]] = node.meta.get("nn_module_stack") or {}
+    depth = next((at for at, (inner, _) in enumerate(stack.values(), 1) if inner == path), len(stack))
+    return dict(list(stack.items())[:depth])
+
+
+def _refuse_others(program: Program, ctx: Context, step: Grafted, index: int) -> None:
+    """Raises PlanError: another step changes the module, or the weight, that `step` takes the place of."""
+    for path in match_sites(program, step, index):
+        for number, other in enumerate(ctx.plan.steps):
+            if number == index or (step.on != "module" and not isinstance(other, DeltaStep | Replace)):
+                continue
+            for found in match_sites(program, other, number):
+                if found == path or (step.on == "module" and found.startswith(f"{path}.")):
+                    does = "takes it away" if step.on == "module" else f"makes its {step.on} anew"
+                    raise PlanError(
+                        f"steps {step.name!r} and {other.name!r} both address {found}, but {step.name!r} {does}",
+                        where=found, hint=f"leave {found} out of the patterns of one of them",
+                    )  # fmt: skip
+
+
+def _check_kind(step: Grafted, new: Node, old: Node, origin: Origin) -> None:
+    """Raises PlanError: `step` makes integers or bools of numbers."""
+    if old.meta["val"].is_floating_point() and not new.meta["val"].is_floating_point():
+        raise PlanError(
+            f"{step.name!r} makes {new.meta['val'].dtype} of {old.meta['val'].dtype}", where=origin.site,
+            hint="return numbers, such as (x > 0) * x",
+        )  # fmt: skip
 
 
 def _check_sum(step: Grafted, new: Node, old: Node, origin: Origin) -> None:
@@ -295,10 +370,13 @@ def _put_out(program: Program, step: Head | BayesCap, made: Graft, origin: Origi
     results, (new,) = list(program.output_nodes), made.results
     index, end = program.outputs.index(name), program.graph.output_node()
     old = results[index]
+    _check_kind(step, new, old, origin)
     if step.how == "add":
         _check_sum(step, new, old, origin)
-        new = program.call(aten.add.Tensor, old, new, before=end, like=old)
-        new.meta["fxfreeze"] = origin
+        new = program.call(aten.add.Tensor, old, new, before=end, like=end)
+    if new.meta["val"].dtype != old.meta["val"].dtype:
+        new = program.call(aten.to.dtype, new, old.meta["val"].dtype, before=end, like=end)
+    new.meta["fxfreeze"] = origin
     results[index] = new
     end.args = (tuple(results),)
     end.meta["val"] = tuple(node.meta["val"] for node in results)

@@ -56,9 +56,28 @@ class StripNoOps(Pass):
 
 
 class StripLateNoOps(StripNoOps):
-    """The same in what the plan's steps put in, once it does not train any more."""
+    """The same in what the plan's steps put in, once it does not train any more; and x − x.detach(), which is 0 and has
+    a gradient: what an operator without a gradient is given one by."""
 
     name, stage = "strip-late-noops", "freeze"
+
+    def run(self, program: Program, ctx: Context) -> int:
+        count = 0
+        for node in program.graph.find_nodes(op="call_function", target=aten.add.Tensor):
+            first, second = node.args[:2]
+            if len(node.args) == 2 and not node.kwargs and _is_zero(second) and _same_kind(
+                node.meta.get("val"), first.meta.get("val")
+            ):  # fmt: skip
+                program.replace(node, first)
+                count += 1
+        return count + super().run(program, ctx)
+
+
+def _is_zero(node: Any) -> bool:
+    if not isinstance(node, Node) or node.target is not aten.sub.Tensor or node.kwargs or len(node.args) != 2:
+        return False
+    kept, cut = node.args
+    return isinstance(cut, Node) and cut.target is aten.detach.default and cut.args[0] is kept
 
 
 def unchanged_operand(node: Node) -> Node | None:

@@ -379,3 +379,162 @@ def test_a_module_that_does_not_fit_is_named_with_its_shapes() -> None:
 def test_a_module_taken_away_cannot_be_adapted_too() -> None:
     with pytest.raises(PlanError, match="'splice' and 'lora' both address 2, but 'splice' takes it away"):
         adapted(fz.Splice(nn.Linear(16, 12), at="2", on="module"), fz.LoRA(at="2", rank=2))
+
+
+# ---- how steps at neighbouring and nested sites compose
+
+
+class Pair(nn.Module):
+    """a feeds b, and b's result and a's are both read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a(x)
+        return self.b(h) + h
+
+
+class Outer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * self.block(x)
+
+
+@pytest.mark.parametrize("backwards", [False, True])
+def test_what_is_given_to_one_module_is_not_what_another_returns(backwards: bool) -> None:
+    model, out, into, x = Pair().eval(), Bottleneck(8), Bottleneck(8), torch.randn(4, 8)
+    steps = [fz.Splice(out, at="a"), fz.Splice(into, at="b", on="input", name="into"), fz.Tap(at="a")]
+    steps += [fz.Head(nn.Identity(), at="a", name="seen")]
+    net = adapted(*(steps[::-1] if backwards else steps), model=model)
+    h = out(model.a(x))
+    y, seen = net(x)
+    same(y, model.b(into(h)) + h)
+    same(seen, h)
+    same(net.tapped["tap.a"], h)
+
+
+def test_a_gate_behind_a_module_stands_before_what_the_next_one_is_given() -> None:
+    model, into, x = Pair().eval(), Bottleneck(8), torch.randn(4, 8)
+    steps = [fz.Gate(at="a", on="output", threshold=0.1), fz.Splice(into, at="b", on="input")]
+    artifact = fz.compile(model, fz.Plan(INPUT, steps))
+    h = model.a(x)
+    h = h * (h > 0.1)
+    same(artifact(x), (model.b(into(h)) + h).detach())
+    assert list(artifact.firing(x)) == ["a"]
+
+
+@pytest.mark.parametrize("backwards", [False, True])
+def test_inner_modules_come_before_outer_ones(backwards: bool) -> None:
+    model, inner, outer, x = Outer().eval(), Bottleneck(8), Bottleneck(8), torch.randn(4, 8)
+    steps = [fz.Splice(outer, at="block"), fz.Splice(inner, at="block.2", name="inner"), fz.Tap(at="block.2"),
+             fz.Head(nn.Identity(), at="block.2", name="seen")]  # fmt: skip
+    net = adapted(*(steps[::-1] if backwards else steps), model=model)
+    h = inner(model.block(x))
+    y, seen = net(x)
+    same(y, 2 * outer(h))
+    same(seen, h)
+    same(net.tapped["tap.block.2"], h)
+
+
+def test_a_branch_reads_what_its_module_is_given() -> None:
+    model, into, beside, x = Pair().eval(), Bottleneck(8), nn.Linear(8, 8), torch.randn(4, 8)
+    steps = [fz.Splice(beside, at="b", read="input", how="add"), fz.Splice(into, at="b", on="input", name="into")]
+    h = model.a(x)
+    same(adapted(*steps, model=model)(x), model.b(into(h)) + beside(into(h)) + h)
+
+
+# ---- what trains
+
+
+class Detached(nn.Module):
+    """A straight-through estimator, and a part that does not train."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.still = nn.Linear(16, 16), nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.layer(x)
+        return h + (h.sign() - h).detach() + self.still(x).detach()
+
+
+class NoGradient(Detached):
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            still = self.still(x)
+        return self.layer(x) + still
+
+
+def test_gradients_are_the_modules() -> None:
+    model, module, x = network(), Detached(), torch.randn(5, 8)
+    net = adapted(fz.LoRA(at="0", rank=2), fz.Splice(module, at="1"), model=model)
+    with torch.no_grad():
+        for name, value in net.named_parameters():
+            if "lora_B" in name:
+                value.normal_()
+    net(x).sum().backward()
+    lora = {name: value.clone().requires_grad_() for name, value in net.adapter_state().items() if "lora" in name}
+    a, b = lora["adapters.lora.0.lora_A"], lora["adapters.lora.0.lora_B"]
+    model[2:](module(torch.relu(model[0](x) + x @ a.T @ b.T))).sum().backward()
+    found = {name: value.grad for name, value in net.named_parameters()}
+    for name, value in lora.items():
+        assert float(value.grad.abs().max()) > 0
+        same(found[name], value.grad)
+    same(found["adapters.splice.1.layer.weight"], module.layer.weight.grad)
+    assert found["adapters.splice.1.still.weight"] is None and module.still.weight.grad is None
+
+
+def test_gradients_that_a_graph_cannot_have_are_refused() -> None:
+    with pytest.raises(CaptureError, match=r"the gradient of .* is another one in the captured graph"):
+        adapted(fz.Splice(NoGradient(), at="1"))
+
+
+def test_a_codebook_lets_gradients_through_and_costs_nothing_for_it() -> None:
+    net = adapted(fz.LoRA(at="0", rank=2), fz.Codebook(at="1", codes=4))
+    net(torch.randn(5, 8)).sum().backward()
+    gradients = {name: value.grad for name, value in net.named_parameters()}
+    assert float(gradients["adapters.lora.0.lora_B"].abs().max()) > 0
+    program = rewrite(net, net.plan).program
+    targets = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
+    assert "aten.detach.default" not in targets and "aten.sub.Tensor" not in targets
+
+
+# ---- more refusals
+
+
+def test_a_head_keeps_the_outputs_dtype() -> None:
+    model = network().bfloat16()
+    x, inputs = torch.randn(5, 8, dtype=torch.bfloat16), [fz.Input("x", ("batch", 8), "bfloat16")]
+    for how in ("add", "replace"):
+        net = adapted(fz.Head(nn.Linear(12, 4), at="3", how=how), model=model, inputs=inputs)
+        assert net(x).dtype == torch.bfloat16
+
+
+class Duck:
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+class Positive(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x > 0
+
+
+@pytest.mark.parametrize(
+    ("steps", "text"),
+    [
+        ([fz.Splice(Bottleneck(16), at="1", taps={"x": "0"})], "'x' is the argument of Bottleneck that the value"),
+        ([fz.Splice(Duck(), at="1")], "a Duck is no nn.Module"),
+        ([fz.Splice(Positive(), at="1")], r"'splice' makes torch\.bool of torch\.float32"),
+        ([fz.Splice(nn.Softsign(), at="2", on="weight"), fz.LoRA(at="2", rank=2)], "'splice' makes its weight anew"),
+        ([fz.DoRA(at="2", rank=2), fz.Splice(nn.Softsign(), at="2", on="bias")], "'splice' makes its bias anew"),
+    ],
+)
+def test_more_refusals(steps: list[Any], text: str) -> None:
+    with pytest.raises(PlanError, match=text):
+        adapted(*steps)
