@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from fxfreeze.errors import PassError, PlanError
-from fxfreeze.plan import Prompt
+from fxfreeze.plan import Prompt, Step
 from fxfreeze.program import Origin, Program, TensorSpec, first_line
 from fxfreeze.rewrite import Context, Pass
 
@@ -67,8 +67,7 @@ class InsertPrompt(Pass):
                 f"steps[{index}].at: matches {', '.join(taken) if taken else 'no embedding of ids'}{reasons}",
                 where=step.name, hint="name the one embedding that looks up the tokens",
             )  # fmt: skip
-        others = [other.name for other in ctx.plan.steps if other.name != step.name]
-        _Insertion(program, step, taken[0], sites.operators[taken[0]][0], others).run(ctx)
+        _Insertion(program, step, taken[0], sites.operators[taken[0]][0], ctx.plan.steps).run(ctx)
         return 1
 
 
@@ -84,14 +83,14 @@ class _Insertion:
 
     Attributes:
         site: path of the embedding.
-        others: names of the plan's other steps.
+        steps: all of the plan's.
     """
 
     program: Program
     step: Prompt
     site: str
     operator: WeightOperator
-    others: list[str]
+    steps: tuple[Step, ...]
 
     def run(self, ctx: Context) -> None:
         ids = self._ids()
@@ -263,7 +262,7 @@ class _Insertion:
                 f"the model already has a parameter named {self.name}", where=self.site, hint="rename the step"
             )
         table = program.state[str(self.operator.weight.target)]
-        source = Source(step, self.others)
+        source = Source(step, self.steps)
         if _PEFT in source.stored:
             source.stored[self.name] = source.stored.pop(_PEFT)
         shape = (step.tokens, self.operator.out_features)
