@@ -85,7 +85,8 @@ class AdaptedModule(nn.Module):
 
     Its parameters are the adapters', named as in adapter files. Temperatures of gates are buffers
     (``settings.<step>.temperature``), which :class:`fxfreeze.nn.TemperatureSchedule` finds, and so are the frozen
-    matrices of VeRA (``settings.<step>.vera_A``, ``vera_B``). The model's weights are
+    matrices of VeRA (``settings.<step>.vera_A``, ``vera_B``), and copies of what a spliced module holds besides trained
+    parameters (``frozen.<step>.<module path>.<leaf>``). The model's weights are
     buffers that share memory with the model and are not part of :meth:`state_dict`: loading a state, moving the module,
     or training it never changes them. ``train()`` and ``eval()`` make no difference: the model was captured for
     inference, with dropout gone and batch-norm fixed, and trains that way.
@@ -101,11 +102,12 @@ class AdaptedModule(nn.Module):
         self.origins = origins
         program = origins.program
         self.body, names = _lifted(program)
-        trainable, settings = set(program.trainable()), set(program.settings())
+        trainable, settings, held = set(program.trainable()), set(program.settings()), set(program.held())
         self.adapters, self.frozen = nn.Module(), nn.Module()
         self._constants: list[tuple[nn.Module, str]] = []
         self._homes: dict[str, tuple[nn.Module, str]] = {}
         self._settings: dict[str, tuple[nn.Module, str]] = {}
+        self._held: dict[str, tuple[nn.Module, str]] = {}
         self.tapped: dict[str, Tensor] = {}
         for position, (name, dtype) in enumerate(names.items()):
             value = program.state[name].detach().to(dtype)
@@ -116,8 +118,11 @@ class AdaptedModule(nn.Module):
             elif name in settings:
                 home = self._settings[name] = _home(self, name)
                 home[0].register_buffer(home[1], value.clone())
+            elif name in held:
+                home = self._held[name] = _home(self, name)
+                home[0].register_buffer(home[1], value.clone())
             else:
-                home = (self.frozen, f"constant_{position}")
+                home = _home(self.frozen, f"constant_{position}")  # a step may be called like that
                 self.frozen.register_buffer(home[1], value, persistent=False)
             self._constants.append(home)
 
@@ -138,8 +143,8 @@ class AdaptedModule(nn.Module):
         return self.program().graph_module()
 
     def program(self) -> Program:
-        """The captured program with copies of the current adapter values and temperatures, in the dtypes and on the
-        device it had.
+        """The captured program with copies of the current adapter values, temperatures and constants of spliced
+        modules, in the dtypes and on the device it had.
 
         Raises:
             PlanError: an adapter holds NaN or Inf.
@@ -149,6 +154,9 @@ class AdaptedModule(nn.Module):
         for name, value in (self.adapter_state() | self._setting_state()).items():
             old = program.state[name]
             weights.check(name, value, old.shape, "the adapted module")
+            program.state[name] = value.to(old.device, old.dtype)
+        for name, value in self._held_state().items():
+            old = program.state[name]
             program.state[name] = value.to(old.device, old.dtype)
         return program
 
@@ -175,6 +183,9 @@ class AdaptedModule(nn.Module):
     def _setting_state(self) -> dict[str, Tensor]:
         return {name: getattr(owner, leaf).detach().clone() for name, (owner, leaf) in self._settings.items()}
 
+    def _held_state(self) -> dict[str, Tensor]:
+        return {name: getattr(owner, leaf).detach().clone() for name, (owner, leaf) in self._held.items()}
+
     @property
     def temperatures(self) -> list[Tensor]:
         """The temperatures of the gates, 0-d, one per step: set them in place."""
@@ -190,36 +201,43 @@ class AdaptedModule(nn.Module):
     # ------------------------------------------------------------------ files
 
     def save_adapters(self, path: str | os.PathLike[str]) -> None:
-        """Write the adapters, the temperatures of gates and the matrices of VeRA to a safetensors file, in one step; a
-        plan's step can name it as its `weights`.
+        """Write the adapters, the temperatures of gates, the matrices of VeRA, and what spliced modules hold besides
+        trained parameters (buffers, frozen parameters) to a safetensors file, in one step; a plan's step can name it as
+        its `weights`.
 
         Raises:
             PlanError: the file cannot be written.
         """
-        weights.write(path, self.adapter_state() | self._setting_state(), weights.metadata(self.plan))
+        weights.write(
+            path, self.adapter_state() | self._setting_state() | self._held_state(), weights.metadata(self.plan)
+        )
 
     def load_adapters(self, path: str | os.PathLike[str]) -> None:
         """Read what :meth:`save_adapters` wrote, or any safetensors file with exactly these names; all or nothing.
 
-        A file without temperatures leaves them as they are.
+        A file without temperatures leaves them as they are, and so does one without any constant of spliced modules.
 
         Raises:
-            PlanError: a key is missing, unexpected, of another shape, or holds NaN or Inf; the file was trained with
-                another scale; or it is of a newer version.
+            PlanError: a key is missing, unexpected, of another shape or kind of dtype, or holds NaN or Inf; the file
+                was trained with another scale; or it is of a newer version.
         """
         stored, metadata = weights.read(path)
         where = os.fspath(path)
         weights.check_metadata(metadata, self.plan.steps, where)
         settings = {name: getattr(owner, leaf) for name, (owner, leaf) in self._settings.items() if name in stored}
-        weights.check_keys([*self._homes, *settings], list(stored), where)
+        held = {name: getattr(owner, leaf) for name, (owner, leaf) in self._held.items()}
+        held = held if held.keys() & stored.keys() else {}  # all of them, or a file of another origin
+        weights.check_keys([*self._homes, *settings, *held], list(stored), where)
         for name in settings:
             weights.check_setting(name, stored[name], where, settings[name].shape)
         homes = {name: getattr(owner, leaf) for name, (owner, leaf) in self._homes.items()}
         for name, parameter in homes.items():
             weights.check(name, stored[name], parameter.shape, where)
+        for name, constant in held.items():
+            weights.check_constant(name, stored[name], constant, where)
         with torch.no_grad():
-            for name, held in (homes | settings).items():
-                held.copy_(stored[name])
+            for name, value in (homes | settings | held).items():
+                value.copy_(stored[name])
 
     # ------------------------------------------------------------------ compiling
 

@@ -214,6 +214,10 @@ class Program:
         """Names of the constants that plan steps added to be set while they train, in graph order."""
         return self._added(SETTINGS)
 
+    def held(self) -> list[str]:
+        """Names of the constants that modules of plan steps came with and that are not trained, in graph order."""
+        return self._added(FROZEN)
+
     def _added(self, prefix: str) -> list[str]:
         found = {
             str(node.target): None

@@ -86,6 +86,29 @@ def check_setting(name: str, value: Tensor, where: str, shape: Sequence[int] = (
     return value
 
 
+def check_constant(name: str, value: Tensor, like: Tensor, where: str) -> Tensor:
+    """`value` in the dtype of `like`, if it can be that constant of a spliced module: a mask may hold infinities.
+
+    Raises:
+        PlanError: it has another shape, is of another kind (floating, complex, integer or bool), or does not fit; names
+            the key.
+    """
+    if value.shape != like.shape:
+        raise PlanError(f"{name} has shape {tuple(value.shape)}, but {tuple(like.shape)} is needed", where=where)
+    if _kind(value) != _kind(like):
+        raise PlanError(f"{name} is {value.dtype}, but a dtype like {like.dtype} is needed", where=where)
+    cast = value.to(like.dtype)
+    if _kind(like) == "integer" and not torch.equal(cast.to(value.dtype), value):
+        raise PlanError(f"{name} holds numbers that {like.dtype} does not", where=where)
+    return cast
+
+
+def _kind(value: Tensor) -> str:
+    if value.is_floating_point():
+        return "floating"
+    return "complex" if value.is_complex() else "bool" if value.dtype == torch.bool else "integer"
+
+
 def check_keys(expected: Sequence[str], found: Sequence[str], where: str) -> None:
     """Refuse a file that lacks a parameter, or holds a key that is none.
 

@@ -275,6 +275,79 @@ def test_bad_adapter_files_are_refused_and_change_nothing(small: Any, tmp_path: 
     assert all(torch.equal(before[key], value) for key, value in net.adapter_state().items())
 
 
+class Normed(nn.Module):
+    """Holds a buffer and a frozen parameter beside what it trains."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.bn, self.mix = nn.BatchNorm1d(3), nn.Linear(3, 3)
+        self.bn.running_mean.fill_(3.0)  # type: ignore[union-attr, operator]
+        self.mix.weight.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.bn(self.mix(x))  # type: ignore[no-any-return]
+
+
+def spliced(layer: nn.Module, name: str) -> fz.AdaptedModule:
+    splice = fz.Splice(layer.eval(), at="fc", name=name)
+    return fz.adapt(Small().eval(), plan(splice, fz.VeRA(at="fc", rank=2), fz.Gate(at="conv", on="output")))
+
+
+def other_constants() -> Normed:
+    layer = Normed()
+    with torch.no_grad():
+        layer.mix.weight.mul_(2)
+        layer.bn.running_mean.zero_()  # type: ignore[union-attr, operator]
+    return layer
+
+
+def test_files_hold_what_a_spliced_module_does_not_train(tmp_path: Path) -> None:
+    layer, file = Normed(), tmp_path / "a.safetensors"
+    net = spliced(layer, "constant_9")  # as the module calls a weight of the model's
+    held = {f"frozen.constant_9.fc.{leaf}" for leaf in ("bn.running_mean", "bn.running_var", "mix.weight")}
+    assert {name for name in net.state_dict() if name.startswith("frozen.")} == held
+    assert not held & net.adapter_state().keys() and [value.ndim for value in net.temperatures] == [0]
+    train(net)
+    wanted = net(**batch())["logits"].detach()
+    net.save_adapters(file)
+    with torch.no_grad():
+        layer.bn.running_mean.zero_()  # type: ignore[union-attr, operator]
+    assert torch.equal(net(**batch())["logits"], wanted)  # the net has a copy
+    theirs = other_constants()
+    twin, before = spliced(theirs, "constant_9"), digest(theirs)
+    assert twin(**batch())["logits"].shape == wanted.shape
+    twin.load_adapters(file)
+    assert torch.equal(twin(**batch())["logits"], wanted) and digest(theirs) == before
+    assert torch.equal(twin.reference(*batch()["batch"].values(), batch()["shift"])[0], wanted)
+    again = fz.AdaptedModule(spliced(other_constants(), "constant_9").origins)
+    again.load_state_dict(net.state_dict())
+    assert torch.equal(again(**batch())["logits"], wanted)
+
+
+def test_constants_in_a_file_are_checked_and_may_be_left_out(tmp_path: Path) -> None:
+    net, file = spliced(Normed(), "n"), tmp_path / "a.safetensors"
+    net.save_adapters(file)
+    stored = safetensors.torch.load_file(file)
+    constants = {key: value for key, value in stored.items() if key.startswith("frozen.")}
+    twin = spliced(other_constants(), "n")
+    wanted = twin(**batch())["logits"]
+    safetensors.torch.save_file({key: value for key, value in stored.items() if key not in constants}, file)
+    twin.load_adapters(file)  # of another origin: the module keeps what it came with
+    assert torch.equal(twin(**batch())["logits"], wanted)
+    mean = "frozen.n.fc.bn.running_mean"
+    for change, text in (
+        ({mean: torch.zeros(4)}, r"running_mean has shape \(4,\), but \(3,\)"),
+        ({mean: torch.zeros(3, dtype=torch.int64)}, "running_mean is torch.int64"),
+        ({mean: None}, "missing: frozen.n.fc.bn.running_mean"),
+    ):
+        bad = {key: value for key, value in (stored | change).items() if value is not None}
+        safetensors.torch.save_file(bad, file)
+        with pytest.raises(fz.PlanError, match=text):
+            twin.load_adapters(file)
+        assert torch.equal(twin(**batch())["logits"], wanted)
+
+
 def test_a_killed_save_leaves_the_old_file(small: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _, net = small
     file = tmp_path / "a.safetensors"

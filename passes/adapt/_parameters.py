@@ -37,13 +37,15 @@ from fxfreeze import weights
 from fxfreeze.checkpoints import PREFIX, SHARED, adapter_key, parameter_key
 from fxfreeze.errors import PlanError
 from fxfreeze.plan import IA3, OFT, DoRA, LoRA, Replace, Step, VeRA
-from fxfreeze.program import ADAPTERS, SETTINGS, Program
+from fxfreeze.program import ADAPTERS, FROZEN, SETTINGS, Program
 
 from .._adapters import DeltaStep, parameter_name
 from .._operators import WeightOperator, arguments, aten
 from ._sites import Sites
 
 Initial = Callable[[torch.Generator], Tensor]
+
+_PREFIXES = (ADAPTERS, SETTINGS, FROZEN)
 
 
 @dataclass(frozen=True)
@@ -109,7 +111,7 @@ class Source:
             self.stored, metadata = weights.read(self.file)
             weights.check_metadata(metadata, [step], self.file)
         self._others = [other for other in steps if other.name != step.name]
-        self._foreign = tuple(f"{prefix}{other.name}." for other in self._others for prefix in (ADAPTERS, SETTINGS))
+        self._foreign = tuple(f"{prefix}{other.name}." for other in self._others for prefix in _PREFIXES)
         self._peft = {found: key for key in self.stored if (found := adapter_key(key))}
         self._short = f"{ADAPTERS}{step.name}."
         self._asked: list[str] = []
@@ -165,6 +167,22 @@ class Source:
                 f"{names[0]} has shape {tuple(value.shape)}, but at least {least} is needed", where=str(self.file)
             )
         return weights.check(names[0], value, value.shape, str(self.file))
+
+    def held(self, name: str, value: Tensor) -> Tensor:
+        """The constant ``frozen.<step>.<module path>.<leaf>`` that the file may hold, in the dtype and on the device of
+        `value`, else `value`.
+
+        Args:
+            name: in full.
+            value: what the module came with.
+
+        Raises:
+            PlanError: the file's has another shape, or is of another kind (floating, complex, integer or bool).
+        """
+        if self.file is None or name not in self.stored:
+            return value
+        self._asked.append(name)
+        return weights.check_constant(name, self.stored[name], value, self.file).to(value.device)
 
     def finish(self) -> None:
         """Check that the file held what was asked for, and nothing else.
