@@ -92,7 +92,7 @@ class AdaptedModule(nn.Module):
     inference, with dropout gone and batch-norm fixed, and trains that way.
 
     After a call, :attr:`tapped` holds what the plan's :class:`~fxfreeze.Tap` steps saw in it: ``<step>.<module path>``
-    → tensor, with its gradient.
+    → tensor, with its gradient. A copy of the module has seen nothing.
 
     It runs on the device it was captured on; a graph that makes tensors of its own would not follow a ``.to(device)``.
     """
@@ -159,6 +159,10 @@ class AdaptedModule(nn.Module):
             old = program.state[name]
             program.state[name] = value.to(old.device, old.dtype)
         return program
+
+    def __getstate__(self) -> dict[str, Any]:
+        # What a call saw hangs on its autograd graph, which nothing can copy.
+        return {**self.__dict__, "tapped": {}}
 
     # ------------------------------------------------------------------ reading
 

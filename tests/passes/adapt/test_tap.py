@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -65,3 +67,11 @@ def test_heads_and_taps() -> None:
 def test_a_tap_of_nothing_is_refused() -> None:
     with pytest.raises(PlanError, match="no module matches 'nowhere'"):
         fz.adapt(network(), fz.Plan(INPUT, [fz.Tap(at="nowhere")]))
+
+
+def test_a_net_is_copied_after_a_call_without_what_it_saw() -> None:
+    net, x = fz.adapt(network(), fz.Plan(INPUT, [fz.LoRA(at="3", rank=2), fz.Tap(at="1")])), torch.randn(5, 8)
+    y = net(x)
+    twin = copy.deepcopy(net)
+    assert twin.tapped == {} and list(net.tapped) == ["tap.1"]
+    assert torch.equal(twin(x), y) and twin.tapped["tap.1"] is not net.tapped["tap.1"]
