@@ -12,12 +12,14 @@ def fold_checkpoint(
 ) -> Ledger:
     """Fold a peft checkpoint into the safetensors files of a base model, and write the result as another folder.
 
-    Weights are changed in float64 and rounded once, to the base's dtype. All else in the base's folder is copied.
+    Weights are changed in float64 and rounded once, to the base's dtype. All else in the base's folder is copied,
+    folders too.
 
     Args:
         base: a folder with ``*.safetensors`` (one file, or shards with their index) whose keys are those of the model.
         adapter: what peft's ``save_pretrained`` wrote.
-        out: the folder to write, which must not exist: it appears as a whole at the end, or not at all.
+        out: the folder to write, outside of the base's, which must not exist: it appears as a whole at the end, or not
+            at all.
 
     Returns:
         A row for every site, with the share of its change that rounding took; also ``fxfreeze_ledger.json`` in `out`.

@@ -48,6 +48,9 @@ def merge(base: str | os.PathLike[str], adapter: str | os.PathLike[str], out: st
         raise PlanError("the folder holds no safetensors files", where=str(source))
     if target.exists():
         raise PlanError("there is something at this path already", where=str(target), hint="name another folder")
+    if source.resolve() in target.resolve().parents:
+        raise PlanError("the output would lie in the base's folder, all of which is copied", where=str(target),
+                        hint="name a folder outside of it")  # fmt: skip
     merge = _Merge(from_peft(adapter), Path(adapter), {shard: _header(shard) for shard in shards})
     merge.prepare(_is_tied(source))
     partial = target.with_name(f".{target.name}.{os.getpid()}.tmp")
@@ -56,6 +59,8 @@ def merge(base: str | os.PathLike[str], adapter: str | os.PathLike[str], out: st
         for item in sorted(source.iterdir()):
             if item in merge.headers:
                 merge.write(item, partial / item.name)
+            elif item.is_dir():
+                shutil.copytree(item, partial / item.name)
             elif item.is_file():
                 shutil.copyfile(item, partial / item.name)
         rows = json.dumps(merge.ledger.to_json(), indent=2, ensure_ascii=False)

@@ -106,6 +106,17 @@ def refusal(folder: Path, kind: type[Exception] = fz.PlanError) -> str:
     return str(caught.value)
 
 
+def test_folders_of_the_base_are_copied_and_the_output_lies_outside(tmp_path: Path) -> None:
+    saved(peft.LoraConfig(r=2, target_modules=["fc"]), tmp_path)
+    (tmp_path / "base" / "1_Pooling" / "deep").mkdir(parents=True)
+    (tmp_path / "base" / "1_Pooling" / "deep" / "config.json").write_text("[1]")
+    for inner in ("out", "1_Pooling/out"):
+        with pytest.raises(fz.PlanError, match="in the base's folder"):
+            fz.fold_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "base" / inner)
+    fz.fold_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+    assert (tmp_path / "out" / "1_Pooling" / "deep" / "config.json").read_text() == "[1]"
+
+
 def test_what_a_checkpoint_does_not_tell_is_refused(tmp_path: Path) -> None:
     saved(peft.LoraConfig(r=2, target_modules=["conv"]), tmp_path / "conv")
     assert "does not say how a convolution pads" in refusal(tmp_path / "conv")
