@@ -649,10 +649,11 @@ class Splice(_AnyModule):
         description="Change what a matched module returns, the first floating tensor it is given, or a parameter of "
         "it (PARAM); or put f in the module's place, on what it is given.",
     )
-    read: Literal["value", "input"] = Field(
+    read: Literal["value", "input", "result"] = Field(
         default="value",
-        description="Call f with the value that is changed, or with what the module is given, for on='output' (a "
-        "branch beside the module).",
+        description="Call f with the value that is changed; or with what the module is given, for on='output' (a "
+        "branch beside the module); or with what the module makes of the value, for on='input' (a branch that begins "
+        "behind a copy of the module, such as the LayerNorm of a residual stream).",
     )
     how: Literal["replace", "add"] = Field(default="replace", description="v ← f(v), or v ← v + scale · f(v).")
     scale: Number = Field(default=1.0, description="Factor of f(v) where it is added.")
@@ -661,8 +662,9 @@ class Splice(_AnyModule):
         yield from super()._problems()
         if self.how == "replace" and self.scale != 1:
             yield "scale", "has a meaning with how='add' only"
-        if self.read == "input" and self.on != "output":
-            yield "read", f"must be 'value' with on={self.on!r}"
+        needed = {"input": "output", "result": "input"}.get(self.read, self.on)
+        if self.on != needed:
+            yield "read", f"{self.read!r} goes with on={needed!r} only, not with on={self.on!r}"
         if self.how == "add" and self.on == "module":
             yield "how", "must be 'replace' where f takes the module's place"
 

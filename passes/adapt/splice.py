@@ -8,7 +8,7 @@ from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
-from torch.fx import Node
+from torch.fx import Node, map_arg
 
 from fxfreeze.dataflow import sort
 from fxfreeze.errors import PlanError
@@ -183,6 +183,8 @@ class _Garden:
             )  # fmt: skip
         operands = {first: value, **taps}
         before = _behind(program, operands.values())
+        if step.read == "result":
+            operands[first] = self._again(request.places[call][0], value, path, before, origin)
         operands = _cast(program, operands, _dtype(module), before, origin)
         found = scion(program, module, operands, path)
         request.constants |= self._constants(request, found, origin)
@@ -196,6 +198,25 @@ class _Garden:
         if step.on in ("output", "module"):  # a part of the site's module, and of what that is in
             for node in nodes:
                 node.meta["nn_module_stack"] = _stack(replaced, path)
+
+    def _again(self, given: Value, value: Node, path: str, before: Node, origin: Origin) -> Node:
+        """What the module at `path` makes of `value`, which it is given by now, by a copy of its operators.
+
+        Raises:
+            PlanError: it returns several tensors, or none.
+        """
+        copies: dict[Node, Node] = {given.node: value}
+        left = [node for node in given.body if not given.body.issuperset(node.users)]
+        if len(left) != 1:
+            raise PlanError(
+                f"{path} returns {len(left)} tensors, where one is read", where=origin.step,
+                hint="read='result' is for a module that returns one tensor",
+            )  # fmt: skip
+        for node in [node for node in self.program.graph.nodes if node in given.body]:
+            args, kwargs = map_arg((node.args, dict(node.kwargs)), lambda old: copies.get(old, old))
+            copies[node] = self.program.call(node.target, *args, before=before, like=given.node, **kwargs)
+            copies[node].meta["fxfreeze"] = origin
+        return copies[left[0]]
 
     def _taps(self, step: Grafted) -> dict[str, Node]:
         names = [spec.name for spec in self.program.inputs]

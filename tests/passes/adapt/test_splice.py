@@ -340,7 +340,10 @@ def test_weights_come_from_a_file(tmp_path: Path) -> None:
         ({"module": nn.ReLU(), "arguments": {"a": 1}}, "this one is made already"),
         ({"module": nn.ReLU(), "scale": 2.0}, "has a meaning with how='add' only"),
         ({"module": nn.ReLU(), "how": "add", "on": "module"}, "must be 'replace' where f takes the module's place"),
-        ({"module": nn.ReLU(), "on": "input", "read": "input"}, "must be 'value' with on='input'"),
+        (
+            {"module": nn.ReLU(), "on": "input", "read": "input"},
+            "'input' goes with on='output' only, not with on='input'",
+        ),
         ({"module": nn.ReLU(), "select": "task"}, "are given together, or not at all"),
         ({"module": nn.ReLU(), "select": "task", "tasks": 2, "taps": {"task": "0"}}, "it need not be tapped"),
     ],
@@ -538,3 +541,42 @@ class Positive(nn.Module):
 def test_more_refusals(steps: list[Any], text: str) -> None:
     with pytest.raises(PlanError, match=text):
         adapted(*steps)
+
+
+# ---- what a module makes of its input
+
+
+def test_a_branch_behind_a_copy_of_a_module() -> None:
+    """v ← v + s·f(M(v)) at the input of M, beside another step there; M's own parameters are read, and not copied."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 6), nn.Sequential(nn.LayerNorm(6), nn.Tanh()), nn.Linear(6, 6)).eval()
+    f, g, x = nn.Linear(6, 6), nn.Linear(6, 6), torch.randn(4, 6)
+    steps = [fz.Splice(g, at="1", on="input"), fz.Splice(f, at="1", on="input", read="result", how="add", scale=0.5)]
+    done = rewrite(model, fz.Plan([fz.Input("x", ("batch", 6))], steps, targets=()), verify="off")
+    v = g(model[0](x))
+    expected = model[2](model[1](v + 0.5 * f(model[1](v))))
+    torch.testing.assert_close(done.program.run(x)[0], expected.detach(), rtol=1e-5, atol=1e-6)
+    names = [str(node.target) for node in done.program.graph.find_nodes(op="get_attr")]
+    assert sum("1.0.weight" in name for name in names) == 1
+
+
+def test_results_are_read_at_inputs_only() -> None:
+    with pytest.raises(PlanError, match="'result' goes with on='input' only, not with on='output'"):
+        fz.Splice("torch.nn:Identity", at="1", read="result")
+
+    class Two(nn.Module):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return x + 1, x * 2
+
+    class Whole(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.two = Two()
+
+        def forward(self, x: Tensor) -> Tensor:
+            a, b = self.two(torch.relu(x))
+            return a * b
+
+    step = fz.Splice(nn.Linear(6, 6), at="two", on="input", read="result", how="add")
+    with pytest.raises(PlanError, match="two returns 2 tensors, where one is read"):
+        rewrite(Whole(), fz.Plan([fz.Input("x", (4, 6))], [step], targets=()), verify="off")
