@@ -45,6 +45,7 @@ from .plan import (
     Tap,
     Tversky,
     VeRA,
+    from_adapterhub,
     from_peft,
 )
 
@@ -84,6 +85,7 @@ __all__ = [
     "adapt",
     "compile",
     "fold_checkpoint",
+    "from_adapterhub",
     "from_peft",
     "load",
 ]

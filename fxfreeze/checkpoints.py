@@ -175,33 +175,27 @@ def read_steps(folder: str | os.PathLike[str]) -> list[dict[str, Any]]:
         _check_site(found, known, path, keys)
         groups.setdefault(tuple(_options(found, path, keys).items()), []).append(path)
     kind = "dora" if found.config.get("use_dora") and known.kind == "lora" else known.kind
-    steps = [{"kind": kind, "at": _globs(paths), **dict(options), "weights": found.file}
+    steps = [{"kind": kind, "at": globs(paths), **dict(options), "weights": found.file}
              for options, paths in groups.items()]  # fmt: skip
     if found.parameters:
-        steps.append({"kind": "replace", "at": _globs(found.parameters), "weights": found.file})
+        steps.append({"kind": "replace", "at": globs(found.parameters), "weights": found.file})
     if not steps:
         raise found.problem("the checkpoint holds no weights at all")
     return steps
 
 
-def _globs(paths: Iterable[str]) -> str | tuple[str, ...]:
+def globs(paths: Iterable[str]) -> str | tuple[str, ...]:
+    """Patterns that match `paths` and nothing else."""
     found = tuple(map(glob.escape, paths))
     return found[0] if len(found) == 1 else found
 
 
 def _open(folder: str) -> Checkpoint:
-    path = os.path.join(folder, CONFIG)
-    try:
-        config = json.loads(Path(path).read_bytes())
-    except FileNotFoundError:
-        raise PlanError("no peft checkpoint: there is no such file", where=path,
-                        hint="name the folder that save_pretrained wrote") from None  # fmt: skip
-    except (OSError, ValueError) as error:
-        raise PlanError(f"cannot read the configuration: {error}", where=path) from None
-    if not isinstance(config, dict):
-        raise PlanError(f"a configuration is a table of keys, not a {type(config).__name__}", where=path)
+    config = read_config(os.path.join(folder, CONFIG), "peft checkpoint", "save_pretrained")
     file = os.path.join(folder, WEIGHTS)
-    shapes = _shapes(file)
+    shapes = read_shapes(
+        file, "adapter_model.bin", "load it with peft, and save_pretrained(folder, safe_serialization=True)"
+    )
     sites: dict[str, dict[str, str]] = {}
     parameters: dict[str, list[str]] = {}
     for key in shapes:
@@ -214,8 +208,34 @@ def _open(folder: str) -> Checkpoint:
     return Checkpoint(folder, file, config, shapes, sites, parameters)
 
 
-def _shapes(file: str) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the tensors of a safetensors file, from its header."""
+def read_config(path: str, what: str, writer: str) -> dict[str, Any]:
+    """The table in a JSON file.
+
+    Raises:
+        PlanError: it is none; says that there is no `what`, and that `writer` makes one.
+    """
+    try:
+        config = json.loads(Path(path).read_bytes())
+    except FileNotFoundError:
+        raise PlanError(f"no {what}: there is no such file", where=path,
+                        hint=f"name the folder that {writer} wrote") from None  # fmt: skip
+    except (OSError, ValueError) as error:
+        raise PlanError(f"cannot read the configuration: {error}", where=path) from None
+    if not isinstance(config, dict):
+        raise PlanError(f"a configuration is a table of keys, not a {type(config).__name__}", where=path)
+    return config
+
+
+def read_shapes(file: str, pickle: str, convert: str) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the tensors of a safetensors file, from its header.
+
+    Args:
+        pickle: name of the file that may be there in its place.
+        convert: what to do then.
+
+    Raises:
+        PlanError: the file cannot be read.
+    """
     try:
         with open(file, "rb") as stream:
             length = int.from_bytes(stream.read(8), "little")
@@ -224,9 +244,8 @@ def _shapes(file: str) -> dict[str, tuple[int, ...]]:
             header = json.loads(stream.read(length))
         return {name: tuple(item["shape"]) for name, item in header.items() if name != "__metadata__"}
     except FileNotFoundError:
-        pickled = Path(file).with_name("adapter_model.bin")
-        hint = "nothing is unpickled: load it with peft, and save_pretrained(folder, safe_serialization=True)"
-        raise PlanError("no such weights file", where=file, hint=hint if pickled.exists() else None) from None
+        hint = f"nothing is unpickled: {convert}" if Path(file).with_name(pickle).exists() else None
+        raise PlanError("no such weights file", where=file, hint=hint) from None
     except OSError as error:
         raise PlanError(f"cannot read the weights file: {error.strerror or error}", where=file) from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:

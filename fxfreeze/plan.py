@@ -33,6 +33,7 @@ from pydantic import (
     model_validator,
 )
 
+from .adapterhub import read_hub_steps
 from .checkpoints import read_steps
 from .errors import PlanError
 from .record import Problem, Record, brief, refusal, suggest
@@ -941,6 +942,30 @@ def from_peft(folder: str | os.PathLike[str]) -> tuple[Step, ...]:
     """
     kinds = {step.model_fields["kind"].default: step for step in STEPS}
     return tuple(kinds[data["kind"]].model_validate(data) for data in read_steps(folder))
+
+
+def from_adapterhub(folder: str | os.PathLike[str], *, base: str | None = None) -> tuple[Step, ...]:
+    """The steps that do what a checkpoint of AdapterHub's ``adapters`` library does (or of adapter-transformers).
+
+    Read are bottleneck adapters (``seq_bn``, ``double_seq_bn``, ``par_bn``, …), as :class:`Splice`; ``lora`` and
+    ``ia3``; and ``loreft`` and ``direft`` at the first positions of a sequence, where the library counts from the first
+    token that is no padding: pad on the right. Models are BERT, RoBERTa, XLM-RoBERTa, ELECTRA and DistilBERT. A
+    prediction head beside the adapter (``model_head.safetensors``) is not read.
+
+    Args:
+        folder: what ``model.save_adapter(folder, name, use_safetensors=True)`` wrote: ``adapter_config.json`` and
+            ``adapter.safetensors``. Its weights are read when the plan is compiled.
+        base: path of the base model in the model to compile, such as "bert" in a BertForSequenceClassification, and ""
+            for a BertModel. Default: as in the file, that is as in the model that the adapter was saved from.
+
+    Raises:
+        PlanError: it is none, or holds something that no step can do; says what, and by which key.
+
+    Source: Poth et al. (2023), Adapters: A unified library for parameter-efficient and modular transfer learning, arXiv
+    2311.11077.
+    """
+    kinds = {step.model_fields["kind"].default: step for step in STEPS}
+    return tuple(kinds[data["kind"]].model_validate(data) for data in read_hub_steps(folder, base))
 
 
 # ---- The plan

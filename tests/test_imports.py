@@ -41,7 +41,8 @@ TABLE: dict[str, str] = {
     "record": "",
     "constants": "",
     "checkpoints": "",
-    "plan": "checkpoints record",
+    "adapterhub": "checkpoints",
+    "plan": "adapterhub checkpoints record",
     "program": "constants plan",
     "binding": "program",
     "report": "",  # renders the plain data of a manifest, and so knows nobody
@@ -78,7 +79,7 @@ TABLE: dict[str, str] = {
     "__main__": "cli",
     "passes": "pass rewrite",
     "pass": "checkpoints constants dataflow graft inline kernels nn pass-helper plan program rewrite rotations weights",
-    "pass-helper": "checkpoints constants dataflow graft inline kernels nn plan program rewrite rotations weights",
+    "pass-helper": "adapterhub checkpoints constants dataflow graft inline kernels nn plan program rewrite rotations weights",
     "kernels": "",
     "kernel": "kernel-helper",
     "kernel-helper": "",
@@ -91,7 +92,7 @@ GROUPS = {"kernels": {"kernels", "kernel", "kernel-helper"}}
 FOLDER_ROOMS = {"emit", "nn", "benchmarks", "passes", "pass-helper", "kernel-helper"}
 """Rooms of several files that may import each other (without a cycle). Passes and kernels may not."""
 
-TORCHLESS = {"checkpoints", "errors", "record", "plan", "_version"}
+TORCHLESS = {"adapterhub", "checkpoints", "errors", "record", "plan", "_version"}
 """Rooms that a build script or an editor can use without waiting for torch."""
 
 

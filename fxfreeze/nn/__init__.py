@@ -16,6 +16,7 @@ from .codebook import Codebook
 from .dendrites import Dendrites
 from .gate import Firing, Gate, TemperatureSchedule, firing
 from .grafts import CrossAttentionFusion, FrozenBlock, InnerAdaptor
+from .hub import HubBottleneck
 from .hypernetwork import Hypernetwork, LinearBank
 from .reft import DiReFT, LoReFT
 from .stitched import Edit, StitchedMLP, edit
@@ -32,6 +33,7 @@ __all__ = [
     "Firing",
     "FrozenBlock",
     "Gate",
+    "HubBottleneck",
     "Hypernetwork",
     "InnerAdaptor",
     "LinearBank",

@@ -41,6 +41,7 @@ from fxfreeze.program import ADAPTERS, FROZEN, SETTINGS, Program
 
 from .._adapters import DeltaStep, parameter_name
 from .._operators import WeightOperator, arguments, aten
+from ._hub import Hub
 from ._sites import Sites
 
 Initial = Callable[[torch.Generator], Tensor]
@@ -97,7 +98,7 @@ class Source:
 
     A key of the file is the name of a parameter, with or without ``adapters.<step>.``, or peft's name of it. Full names
     of the plan's other steps may be there too, and peft's names of their sites if they name the same file, so that one
-    file can hold the adapters of a plan.
+    file can hold the adapters of a plan. Names of AdapterHub's library are known too.
 
     Raises:
         PlanError: the file cannot be read, or says that its step was another one.
@@ -113,6 +114,7 @@ class Source:
         self._others = [other for other in steps if other.name != step.name]
         self._foreign = tuple(f"{prefix}{other.name}." for other in self._others for prefix in _PREFIXES)
         self._peft = {found: key for key in self.stored if (found := adapter_key(key))}
+        self._hub = Hub(self.stored, str(self.file))
         self._short = f"{ADAPTERS}{step.name}."
         self._asked: list[str] = []
         self._leaf = ""
@@ -130,13 +132,14 @@ class Source:
             return parameter.initial(torch.Generator().manual_seed(seed))
         key = name if name in self.stored else name.removeprefix(self._short)
         if key not in self.stored:
-            key = self._peft.get((site, parameter.leaf), key)
+            key = self._peft.get((site, parameter.leaf)) or self._hub.key(site, parameter.leaf) or key
         self._asked.append(key)
         if key not in self.stored:
             return torch.zeros(parameter.shape)  # finish() reports it, together with all others
         value = self.stored[key]
-        if key.startswith(PREFIX) and len(parameter.shape) == 1 and value.numel() == max(value.shape):
-            value = value.flatten()  # peft keeps gains and magnitudes in the shape they broadcast from
+        theirs = key.startswith(PREFIX) or key in self._hub
+        if theirs and len(parameter.shape) == 1 and value.numel() == max(value.shape):
+            value = value.flatten()  # they keep gains and magnitudes in the shape they broadcast from
         return weights.check(key, value, parameter.shape, self.file)
 
     def setting(self, leaf: str, given: float) -> float:
@@ -201,11 +204,15 @@ class Source:
                 raise
 
     def _is_others(self, key: str) -> bool:
-        """Whether a key in peft's words belongs to another step that names the same file."""
+        """Whether a key in peft's or AdapterHub's words is another step's that names the same file, or nobody's."""
+        if self._hub.is_spare(key):
+            return True
         own, adapter = parameter_key(key), adapter_key(key)
         for other in self._others:
             if getattr(other, "weights", None) != self.file:
                 continue
+            if self._hub.is_at(key, other.patterns):
+                return True
             site = own if isinstance(other, Replace) else adapter
             if site is not None and any(fnmatchcase(site[0], glob) for glob in other.patterns):
                 return True
