@@ -271,6 +271,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "norms_in_parallel": {**PARALLEL, "ln_before": True, "ln_after": True, "scaling": 0.5},
     "residual_behind_norm": {**BN, "residual_before_ln": False, "mh_adapter": True},
     "residual_in_own_norm": {**BN, "residual_before_ln": False, "ln_after": True, "adapter_residual_before_ln": True},
+    "residual_behind_own_norm": {**BN, "residual_before_ln": False, "ln_after": True},
     "post_add": {**BN, "residual_before_ln": "post_add"},
     "behind_norm": {**BN, "residual_before_ln": False, "original_ln_after": False, "mh_adapter": True},
     "behind_norm_normed": {
@@ -613,6 +614,16 @@ def test_damaged_folders_are_refused(tmp_path: Path) -> None:
     assert "nothing is unpickled" in refusal(tmp_path) and "use_safetensors=True" in refusal(tmp_path)
     config.unlink()
     assert "no AdapterHub checkpoint" in refusal(tmp_path)
+
+
+def test_what_older_files_lack_has_the_librarys_defaults(tmp_path: Path) -> None:
+    tensors = bottleneck_tensors("bert", DOUBLE)
+    whole = fz.from_adapterhub(save(tmp_path, "bert", DOUBLE, tensors))
+    few = {key: DOUBLE[key] for key in ("mh_adapter", "output_adapter", "reduction_factor", "non_linearity")}
+    assert fz.from_adapterhub(save(tmp_path, "bert", few, tensors)) == whole
+    for key in ("mh_adapter", "output_adapter"):
+        save(tmp_path, "bert", {name: value for name, value in few.items() if name != key}, tensors)
+        assert "which the configuration does not name" in refusal(tmp_path)
 
 
 def test_an_invertible_adapter_that_a_task_adapter_never_had_is_no_reason(tmp_path: Path) -> None:

@@ -184,7 +184,7 @@ class _Garden:
         operands = {first: value, **taps}
         before = _behind(program, operands.values())
         if step.read == "result":
-            operands[first] = self._again(request.places[call][0], value, path, before, origin)
+            operands[first] = self._again(request.places[call][0], path, before, origin)
         operands = _cast(program, operands, _dtype(module), before, origin)
         found = scion(program, module, operands, path)
         request.constants |= self._constants(request, found, origin)
@@ -199,13 +199,13 @@ class _Garden:
             for node in nodes:
                 node.meta["nn_module_stack"] = _stack(replaced, path)
 
-    def _again(self, given: Value, value: Node, path: str, before: Node, origin: Origin) -> Node:
-        """What the module at `path` makes of `value`, which it is given by now, by a copy of its operators.
+    def _again(self, given: Value, path: str, before: Node, origin: Origin) -> Node:
+        """What the module at `path` makes of what it is given by now, by a copy of its operators.
 
         Raises:
             PlanError: it returns several tensors, or none.
         """
-        copies: dict[Node, Node] = {given.node: value}
+        copies: dict[Node, Node] = {}  # of operators only: what they read from outside is behind all steps by now
         left = [node for node in given.body if not given.body.issuperset(node.users)]
         if len(left) != 1:
             raise PlanError(
