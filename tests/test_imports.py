@@ -79,7 +79,8 @@ TABLE: dict[str, str] = {
     "__main__": "cli",
     "passes": "pass rewrite",
     "pass": "checkpoints constants dataflow graft inline kernels nn pass-helper plan program rewrite rotations weights",
-    "pass-helper": "adapterhub checkpoints constants dataflow graft inline kernels nn plan program rewrite rotations weights",
+    "pass-helper": "adapterhub checkpoints constants dataflow graft inline kernels nn plan program rewrite rotations "
+    "weights",
     "kernels": "",
     "kernel": "kernel-helper",
     "kernel-helper": "",

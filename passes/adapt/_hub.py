@@ -57,7 +57,7 @@ class Hub:
 
 def _basis(key: str, free: Tensor, base: Tensor, where: str) -> Tensor:
     """The transpose of what ``torch.nn.utils.parametrizations.orthogonal`` makes of its parameter and buffer."""
-    layer = parametrizations.orthogonal(nn.Linear(free.shape[1], free.shape[0], bias=False, dtype=torch.float64))
+    layer: Any = parametrizations.orthogonal(nn.Linear(free.shape[1], free.shape[0], bias=False, dtype=torch.float64))
     state = {"parametrizations.weight.original": free.double(), "parametrizations.weight.0.base": base.double()}
     layer.load_state_dict(state)
     rotation = layer.weight.detach()

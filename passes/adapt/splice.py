@@ -248,6 +248,8 @@ class _Garden:
             if trains:
                 parameter = Parameter(name, tuple(value.shape), _as_is(value))
                 value = source.value(origin.site, parameter).to(value.device, value.dtype)
+            else:
+                value = source.held(full, value)
             found[name] = program.add_constant(full, value, before=first, like=like)
             found[name].meta = {"val": found[name].meta["val"], "fxfreeze": origin}
         return found
