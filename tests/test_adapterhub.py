@@ -511,6 +511,10 @@ def test_a_projection_that_is_not_orthogonal_any_more_is_refused(nets: Any, tmp_
     edit_weights(tmp_path, lambda tensors: tensors[original].diagonal().mul_(0.99))
     with pytest.raises(fz.PlanError, match="is not orthogonal, so that it is no LoReFT"):
         compiled(nets("bert"), fz.from_adapterhub(tmp_path))
+    base = f"{place}projection.parametrizations.weight.0.base"
+    edit_weights(tmp_path, lambda tensors: tensors.update({base: torch.eye(3)}))
+    with pytest.raises(fz.PlanError, match=r"has shape \(2, 16\), and its base \(3, 3\)"):
+        compiled(nets("bert"), fz.from_adapterhub(tmp_path))
 
 
 # ---- refusals

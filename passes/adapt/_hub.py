@@ -57,7 +57,10 @@ class Hub:
 
 def _basis(key: str, free: Tensor, base: Tensor, where: str) -> Tensor:
     """The transpose of what ``torch.nn.utils.parametrizations.orthogonal`` makes of its parameter and buffer."""
-    layer: Any = parametrizations.orthogonal(nn.Linear(free.shape[1], free.shape[0], bias=False, dtype=torch.float64))
+    if free.ndim != 2 or base.shape != (free.shape[1], free.shape[1]):
+        raise PlanError(f"{key} has shape {tuple(free.shape)}, and its base {tuple(base.shape)}", where=where)
+    layer = nn.Linear(free.shape[1], free.shape[0], bias=False, dtype=torch.float64)
+    parametrizations.orthogonal(layer)
     state = {"parametrizations.weight.original": free.double(), "parametrizations.weight.0.base": base.double()}
     layer.load_state_dict(state)
     rotation = layer.weight.detach()
