@@ -106,9 +106,13 @@ def _patterns(value: Any) -> str | tuple[str, ...]:
     return value if isinstance(value, str) else globs
 
 
+_MODULE = r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*|<.+:.+>"
+"""What makes a module, or, in <>, of what class one was that a plan in memory held."""
+
+
 def _module(value: Any) -> Any:
     if isinstance(value, str):
-        if re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*", value):
+        if re.fullmatch(_MODULE, value):
             return value
     elif callable(getattr(value, "forward", None)) and not isinstance(value, type):
         return value
@@ -116,8 +120,40 @@ def _module(value: Any) -> Any:
 
 
 def _module_name(value: Any) -> str:
-    """A plan file holds where a module comes from; its weights go into a file of adapters."""
-    return value if isinstance(value, str) else f"{type(value).__module__}:{type(value).__qualname__}"
+    """A module that was made already has no name that would make it again: records of a plan say what it was."""
+    return value if isinstance(value, str) else f"<{type(value).__module__}:{type(value).__qualname__}>"
+
+
+def _data(value: Any) -> Any:
+    """A copy of a table that a plan file can hold; tuples become lists."""
+    if not isinstance(value, Mapping):
+        return value  # pydantic says that it must be one
+    if problems := list(_no_data(value)):
+        raise refusal(*problems)
+    return _listed(value)
+
+
+def _no_data(value: Any, path: str = "") -> Iterator[Problem]:
+    """What a plan file cannot hold."""
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            if isinstance(key, str):
+                yield from _no_data(item, f"{path}.{key}" if path else key)
+            else:
+                yield path, f"keys must be texts, got {brief(key)}"
+    elif isinstance(value, list | tuple):
+        for i, item in enumerate(value):
+            yield from _no_data(item, f"{path}[{i}]")
+    elif not isinstance(value, str | int) and not (isinstance(value, float) and math.isfinite(value)):
+        yield path, f"must be a bool, a finite number, a text, or a list or table of them, got {brief(value)}"
+
+
+def _listed(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _listed(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_listed(item) for item in value]
+    return float(value) if isinstance(value, float) else value  # numpy's are floats too
 
 
 def _path(value: Any) -> str:
@@ -149,7 +185,7 @@ Module = Annotated[
     Any,
     BeforeValidator(_module),
     PlainSerializer(_module_name, return_type=str),
-    WithJsonSchema({"type": "string", "pattern": r"^[A-Za-z_][\w.]*:[A-Za-z_][\w.]*$"}),
+    WithJsonSchema({"type": "string", "pattern": f"^({_MODULE})$"}),
 ]
 
 Target = Literal["torch", "aoti", "onnx"]
@@ -621,10 +657,14 @@ class _AnyModule(Grafted):
 
     module: Module = Field(
         description="The module: an nn.Module, or 'package.module:Name' of a class or function that makes one of "
-        "`arguments`. Every site gets a copy. Parameters that require no gradient stay frozen."
+        "`arguments`. Every site of an adapted module gets a copy of all that it holds; parameters that require no "
+        "gradient stay frozen. A plan file takes the name only."
     )
-    arguments: dict[str, Any] = Field(
-        default_factory=dict, kw_only=True, description="Keyword arguments of what makes the module."
+    arguments: Annotated[dict[str, Any], BeforeValidator(_data)] = Field(
+        default_factory=dict,
+        kw_only=True,
+        description="Keyword arguments of what makes the module: bools, finite numbers, texts, and lists and tables of "
+        "them. Leave out what is None.",
     )
 
     def _problems(self) -> Iterator[Problem]:
@@ -766,7 +806,8 @@ class DiReFT(_Edit):
 class Codebook(Grafted):
     """The mean of the k codes most similar to a value, in its place (Tamkin et al. 2023, arXiv 2310.17230).
 
-    It does not start as the identity: start it by k-means (:meth:`fxfreeze.nn.Codebook.start`), or train it.
+    It does not start as the identity: train it, or give it codes by `weights`. Those of a layer of its own that k-means
+    started (:meth:`fxfreeze.nn.Codebook.start`) do, saved as ``<module path>.codes``, ``weight`` and ``bias``.
     """
 
     meaning = (*Grafted.meaning, "codes", "k", "groups", "similarity", "norm")
@@ -982,8 +1023,10 @@ class Plan(Record):
     )
     steps: tuple[AnyStep, ...] = Field(
         default=(),
-        description="What to do to the model. The compiler owns the order of stages; within a stage, steps "
-        "at one module apply in this order.",
+        description="What to do to the model. The order of kinds is the compiler's: Replace, Prompt, Prefix, Tversky, "
+        "LoRA with adapters, then LoRA, DoRA, IA3, VeRA and OFT, then Splice and the other steps that graft a module, "
+        "heads last, then Gate, Tap. Within such a group steps at one module apply in this order, but what is grafted "
+        "at inner modules comes before what is grafted at outer ones.",
     )
     targets: tuple[Target, ...] = Field(
         default=("torch",),
@@ -1119,8 +1162,19 @@ class Plan(Record):
         the file they become relative to the file's folder if they were relative or lie inside that folder, so
         that the folder can be moved as a whole; other absolute paths stay. `Plan.load` of the result is equal
         to this plan up to relative `weights`, which come back absolute.
+
+        Raises:
+            PlanError: a step holds a module that was made already, which no file can name, or the file cannot be
+                written.
         """
         file = Path(path)
+        for i, step in enumerate(self.steps):
+            module = getattr(step, "module", "")
+            if not isinstance(module, str):
+                raise PlanError(
+                    f"steps[{i}].module: a plan file cannot hold the {type(module).__name__} that was made already",
+                    where=step.name, hint="name it as 'package.module:Name' with arguments",
+                )  # fmt: skip
         data = self.to_dict()
         for step in data["steps"]:
             if "weights" in step:

@@ -12,12 +12,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fxfreeze.errors import FxfreezeError, PlanError
-from fxfreeze.plan import IA3, STEPS, VERSION, Dim, DoRA, Gate, Input, LoRA, Plan, Step
+from fxfreeze.plan import IA3, STEPS, VERSION, Dim, DoRA, Gate, Input, LoRA, Plan, Splice, Step
 
 KINDS = ", ".join(str(step.model_fields["kind"].default) for step in STEPS)
 IMAGE = {"name": "x", "shape": ["batch", 3]}
@@ -557,6 +558,57 @@ def test_save_refuses_what_it_cannot_read_back(tmp_path: Path) -> None:
         FULL.save(tmp_path / "plan.yaml")
     with pytest.raises(PlanError, match="cannot write the plan file"):
         FULL.save(tmp_path / "no" / "plan.toml")
+
+
+class Made:
+    """What a plan takes for a module."""
+
+    def forward(self, x: Any) -> Any:
+        return x
+
+
+@pytest.mark.parametrize("suffix", [".toml", ".json"])
+def test_a_module_that_was_made_goes_into_records_and_into_no_plan_file(tmp_path: Path, suffix: str) -> None:
+    class Local(Made):
+        pass
+
+    for module, name in ((Made(), "Made"), (Local(), "Local")):
+        plan = Plan([IMAGE], [LoRA("a", 2), Splice(module, at="b", name="mine")])
+        with pytest.raises(PlanError, match=rf"steps\[1\]\.module: .* {name} that .* made") as caught:
+            plan.save(tmp_path / f"plan{suffix}")
+        assert caught.value.where == "mine" and "'package.module:Name' with arguments" in str(caught.value)
+        assert not list(tmp_path.iterdir())
+        record = plan.to_dict()
+        assert record["steps"][1]["module"] == f"<{type(module).__module__}:{type(module).__qualname__}>"
+        again = Plan.model_validate(json.loads(json.dumps(record)))
+        assert again.to_dict() == record and again != plan
+
+
+def test_arguments_are_data(tmp_path: Path) -> None:
+    table: dict[str, Any] = {
+        "shape": (8, [1, (2,)]),
+        "eps": numpy.float64(0.5),
+        "on": True,
+        "names": {"a": "b", "c": []},
+    }
+    step = Splice("torch.nn:LayerNorm", at="1", arguments=table)
+    assert step.arguments == {"shape": [8, [1, [2]]], "eps": 0.5, "on": True, "names": {"a": "b", "c": []}}
+    assert type(step.arguments["eps"]) is float
+    table["names"]["c"].append(1)
+    assert step.arguments["names"] == {"a": "b", "c": []}
+    plan = Plan([IMAGE], [step])
+    for suffix in Plan.suffixes:
+        plan.save(tmp_path / f"plan{suffix}")
+        assert Plan.load(tmp_path / f"plan{suffix}") == plan
+    bad = {"a": None, "b": [1, {"c": math.inf}], "d": {1: 2}, "e": {"f": Path()}, "g": 1j}
+    for kind, more in (("splice", {}), ("head", {"how": "replace"})):
+        lines = refused(steps=[{"kind": kind, "at": "1", "module": "a:b", "arguments": bad, **more}])
+        assert [line.partition(": ")[0].removeprefix("steps[0].arguments.") for line in lines] == [
+            "a", "b[1].c", "d", "e.f", "g"
+        ]  # fmt: skip
+        assert lines[0].endswith("must be a bool, a finite number, a text, or a list or table of them, got None")
+        assert lines[2].endswith("keys must be texts, got 1")
+    assert "must be a table" in refused(steps=[{"kind": "head", "at": "1", "module": "a:b", "arguments": [1]}])[0]
 
 
 # ---- schema

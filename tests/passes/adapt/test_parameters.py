@@ -59,3 +59,14 @@ def test_a_constant_that_does_not_fit_is_refused(tmp_path: Path, value: Tensor, 
     found = source(tmp_path, frozen__own__1__c=value)
     with pytest.raises(PlanError, match=text):
         found.held("frozen.own.1.c", like)
+
+
+def test_a_codebook_starts_with_the_codes_of_a_layer(tmp_path: Path) -> None:
+    layer, file = fz.nn.Codebook(6, codes=4, k=2), tmp_path / "codes.safetensors"
+    with torch.no_grad():
+        layer.codes.uniform_()
+    safetensors.torch.save_file({f"0.{name}": value for name, value in layer.state_dict().items()}, file)
+    model, x = nn.Sequential(nn.Linear(6, 6), nn.Tanh()), torch.randn(3, 6)
+    step = fz.Codebook(at="0", codes=4, k=2, weights=file)
+    net = fz.adapt(model, fz.Plan([fz.Input("x", ("batch", 6))], [step]), verify="off")
+    torch.testing.assert_close(net(x), torch.tanh(layer(model[0](x))))

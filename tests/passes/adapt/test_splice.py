@@ -315,7 +315,9 @@ def test_a_plan_file_names_what_makes_the_module(tmp_path: Path) -> None:
     one, two = (fz.adapt(network(), item).adapter_state() for item in (plan, again))
     assert all(torch.equal(one[name], two[name]) for name in one)
     live = fz.Plan(INPUT, [fz.Splice(nn.Linear(16, 16), at="1")])
-    assert live.to_dict()["steps"][0]["module"] == "torch.nn.modules.linear:Linear"
+    assert live.to_dict()["steps"][0]["module"] == "<torch.nn.modules.linear:Linear>"
+    with pytest.raises(PlanError, match=r"cannot make .<torch\.nn\.modules\.linear:Linear>"):
+        fz.adapt(network(), fz.Plan.model_validate(live.to_dict()))
 
 
 def test_weights_come_from_a_file(tmp_path: Path) -> None:
