@@ -13,7 +13,7 @@ from torch.fx import Node, map_arg
 from fxfreeze.dataflow import sort
 from fxfreeze.errors import PlanError
 from fxfreeze.graft import Graft, Scion, first_argument, graft, infer_again, same_form, scion
-from fxfreeze.plan import BayesCap, Grafted, Head, Replace
+from fxfreeze.plan import BayesCap, Grafted, Head, Prompt, Replace
 from fxfreeze.program import ADAPTERS, FROZEN, Origin, Program
 from fxfreeze.rewrite import Context, Pass, match_sites
 
@@ -224,6 +224,7 @@ class _Garden:
         for keyword, what in step.taps.items():
             values = self.results.operators.get(what, [])
             if what in names:
+                self._refuse_short(step, what)
                 found[keyword] = self.program.placeholders[names.index(what)]
             elif len(values) == 1:
                 found[keyword] = self._made(values[0], what)
@@ -233,6 +234,16 @@ class _Garden:
         if step.selection is not None:
             found[step.selection[0]] = self.program.placeholders[names.index(step.selection[0])]
         return found
+
+    def _refuse_short(self, step: Grafted, name: str) -> None:
+        """Raises PlanError: the input `name` lacks the positions that a prompt has added to all values."""
+        prompts = [other.name for other in self.ctx.plan.steps if isinstance(other, Prompt)]
+        shape = next(spec.shape for spec in self.program.inputs if spec.name == name)
+        if prompts and any(isinstance(size, str) for size in shape[1:]):
+            raise PlanError(
+                f"taps: {name!r} is as long as the sequences without the prompt of {prompts[0]!r}",
+                where=step.name, hint="tap a module that reads it",
+            )  # fmt: skip
 
     def _constants(self, request: _Request, held: Scion, origin: Origin) -> dict[str, Node]:
         """Nodes of the module's parameters and buffers that are not there yet, in front of everything."""

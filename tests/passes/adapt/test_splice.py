@@ -582,3 +582,21 @@ def test_results_are_read_at_inputs_only() -> None:
     step = fz.Splice(nn.Linear(6, 6), at="two", on="input", read="result", how="add")
     with pytest.raises(PlanError, match="two returns 2 tensors, where one is read"):
         rewrite(Whole(), fz.Plan([fz.Input("x", (4, 6))], [step], targets=()), verify="off")
+
+
+def test_an_input_is_not_tapped_behind_a_prompt() -> None:
+    class Reader(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.out = nn.Embedding(9, 8), nn.Linear(8, 8)
+
+        def forward(self, ids: Tensor) -> Tensor:
+            return self.out(self.embed(ids))
+
+    class Masked(nn.Module):
+        def forward(self, x: Tensor, ids: Tensor) -> Tensor:
+            return x * (ids > 2).unsqueeze(-1)
+
+    steps = [fz.Prompt(at="embed", tokens=2), fz.Splice(Masked(), at="out", taps={"ids": "ids"})]
+    with pytest.raises(PlanError, match="'ids' is as long as the sequences without the prompt of 'prompt'"):
+        adapted(*steps, model=Reader().eval(), inputs=[fz.Input("ids", ("batch", "length"), "int64")])
