@@ -19,6 +19,7 @@ Saving is atomic: the folder is written beside its destination under another nam
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.metadata
 import json
@@ -29,7 +30,7 @@ import secrets
 import shutil
 import tempfile
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -48,6 +49,11 @@ from .lower import Lowering
 from .plan import Gate, LoRA, Plan
 from .program import Program
 from .serialize import Interface, load_program, save_program
+
+try:
+    import fcntl
+except ImportError:  # not POSIX
+    fcntl = None  # type: ignore[assignment]
 
 FORMAT = 1
 """Version of the layout of an artifact's folder and manifest; a newer one is refused."""
@@ -288,7 +294,7 @@ class Artifact:
 
         Raises:
             ArtifactError: the name is taken, keys or shapes differ, the rank is larger, values are not finite, gates
-                share the input, or the folder was changed by someone else.
+                share the input, the folder was changed by someone else, or is being added to.
         """
         select = self._select_of(name, select)
         if _read_manifest(self.folder)["digest"] != self.manifest["digest"]:
@@ -300,10 +306,12 @@ class Artifact:
             rows = self._rows_of(weights.Lone(state, where=name), select)
         except PlanError as error:
             raise ArtifactError(error.what, where=error.where, hint=error.hint) from error
-        number = sum(map(len, names.values())) + 1
-        shelf = self._shelf.extended(rows, self.folder / banks.FOLDER / f"{number}.safetensors")
+        # No two processes write to one file: the manifest of one would not fit the bytes of the other.
+        file = f"{sum(map(len, names.values())) + 1}.{secrets.token_hex(4)}.safetensors"
+        shelf = self._shelf.extended(rows, self.folder / banks.FOLDER / file)
         named = {**names, select: [*names[select], name]}
-        self._publish(shelf, named, select)
+        with _alone(self.folder):
+            self._publish(shelf, named, select)
         return len(named[select])
 
     def _select_of(self, name: str, select: str | None) -> str:
@@ -375,7 +383,8 @@ class Artifact:
             raise ArtifactError(f"cannot be written: {error.strerror}", where=str(self.folder)) from error
         for leftover in self.folder.glob(f"{banks.FOLDER}/*.safetensors"):
             if leftover != new:
-                leftover.unlink(missing_ok=True)
+                with contextlib.suppress(OSError):  # never read
+                    leftover.unlink()
         self.manifest, self.interface = _read_manifest(self.folder), interface
         self._shelf, self._program = shelf, None
 
@@ -591,9 +600,36 @@ def _replace_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
     try:
         _write_manifest(folder, manifest, partial_)
         os.replace(folder / partial_, folder / MANIFEST)
-        _sync(folder)
-    finally:
+    except BaseException:
         (folder / partial_).unlink(missing_ok=True)
+        raise
+    with contextlib.suppress(OSError):  # it counts by now: what it names must stay
+        _sync(folder)
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Keep other processes from adding to `folder`, where the system can; the lock ends with the process.
+
+    Raises:
+        ArtifactError: another process is adding to it.
+    """
+    if fcntl is None:
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ArtifactError(
+                "another process is adding an adapter to the folder", where=str(folder), hint="load it anew after that"
+            ) from None
+        except OSError:
+            pass  # a file system without locks
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _write_manifest(folder: Path, manifest: Mapping[str, Any], name: str = MANIFEST) -> None:

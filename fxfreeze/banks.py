@@ -25,7 +25,7 @@ from .program import BANK, Origin, Program, TensorSpec
 from .serialize import Interface
 
 FOLDER = "adapters"
-LEFTOVER = re.compile(rf"{FOLDER}/\d+\.safetensors")
+LEFTOVER = re.compile(rf"{FOLDER}/\d+(\.[0-9a-f]+)?\.safetensors")
 """Files that an interrupted :meth:`fxfreeze.Artifact.add_adapter` may leave behind; they are never read."""
 
 
