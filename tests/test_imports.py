@@ -47,6 +47,7 @@ TABLE: dict[str, str] = {
     "binding": "program",
     "report": "",  # renders the plain data of a manifest, and so knows nobody
     "weights": "checkpoints plan program",
+    "masks": "record weights",
     "functional": "program",
     "dataflow": "program",
     "sampling": "plan program",
@@ -78,9 +79,10 @@ TABLE: dict[str, str] = {
     "cli": "door adapt api artifact demo passes plan report rewrite _version",
     "__main__": "cli",
     "passes": "pass rewrite",
-    "pass": "checkpoints constants dataflow graft inline kernels nn pass-helper plan program rewrite rotations weights",
-    "pass-helper": "adapterhub checkpoints constants dataflow graft inline kernels nn plan program rewrite rotations "
-    "weights",
+    "pass": "checkpoints constants dataflow graft inline kernels masks nn pass-helper plan program rewrite "
+    "rotations weights",
+    "pass-helper": "adapterhub checkpoints constants dataflow graft inline kernels masks nn plan program rewrite "
+    "rotations weights",
     "kernels": "",
     "kernel": "kernel-helper",
     "kernel-helper": "",
