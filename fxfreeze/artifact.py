@@ -30,7 +30,7 @@ import secrets
 import shutil
 import tempfile
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -45,15 +45,11 @@ from .binding import build, check_inputs, flatten_inputs, format_shape, top_leve
 from .emit import EMITTERS, PROGRAM, Runner
 from .errors import ArtifactError, FxfreezeError, PlanError
 from .firing import fired, gate_rows
+from .locks import alone
 from .lower import Lowering
 from .plan import Gate, LoRA, Plan
 from .program import Program
 from .serialize import Interface, load_program, save_program
-
-try:
-    import fcntl
-except ImportError:  # not POSIX
-    fcntl = None  # type: ignore[assignment]
 
 FORMAT = 1
 """Version of the layout of an artifact's folder and manifest; a newer one is refused."""
@@ -310,7 +306,7 @@ class Artifact:
         file = f"{sum(map(len, names.values())) + 1}.{secrets.token_hex(4)}.safetensors"
         shelf = self._shelf.extended(rows, self.folder / banks.FOLDER / file)
         named = {**names, select: [*names[select], name]}
-        with _alone(self.folder):
+        with alone(self.folder, "another process is adding an adapter to the folder", "load it anew after that"):
             self._publish(shelf, named, select)
         return len(named[select])
 
@@ -605,31 +601,6 @@ def _replace_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
         raise
     with contextlib.suppress(OSError):  # it counts by now: what it names must stay
         _sync(folder)
-
-
-@contextlib.contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Keep other processes from adding to `folder`, where the system can; the lock ends with the process.
-
-    Raises:
-        ArtifactError: another process is adding to it.
-    """
-    if fcntl is None:
-        yield
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ArtifactError(
-                "another process is adding an adapter to the folder", where=str(folder), hint="load it anew after that"
-            ) from None
-        except OSError:
-            pass  # a file system without locks
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def _write_manifest(folder: Path, manifest: Mapping[str, Any], name: str = MANIFEST) -> None:

@@ -17,7 +17,7 @@ from torch._dynamo.utils import counters
 
 import fxfreeze as fz
 from fxfreeze import artifact as artifact_file
-from fxfreeze import banks
+from fxfreeze import banks, locks
 from fxfreeze.errors import ArtifactError
 from fxfreeze.serialize import load_program
 
@@ -367,7 +367,7 @@ def test_one_writer_at_a_time(small: fz.Artifact, monkeypatch: pytest.MonkeyPatc
 
 
 def test_without_locks_writers_keep_their_bytes_apart(small: fz.Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(artifact_file, "fcntl", None)
+    monkeypatch.setattr(locks, "fcntl", None)
     with pytest.raises(ArtifactError):
         at_once(small, fz.load(small.folder), monkeypatch)
     fresh = fz.load(small.folder)
