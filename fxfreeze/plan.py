@@ -602,7 +602,7 @@ class Gate(Step):
 class Grafted(Step):
     """A module in the graph, on an edge (``v ← f(v, taps…)`` or ``v ← v + scale · f(v, taps…)``) or behind it."""
 
-    meaning: ClassVar[tuple[str, ...]] = ("taps", "tasks")
+    meaning: ClassVar[tuple[str, ...]] = ("taps", "tasks", "mask")
 
     if TYPE_CHECKING:  # fields of some steps, fixed in others
 
@@ -633,6 +633,13 @@ class Grafted(Step):
     tasks: Count | None = Field(
         default=None, kw_only=True, description="How many integers `select` may be: from 0 to tasks - 1."
     )
+    mask: Text | None = Field(
+        default=None,
+        kw_only=True,
+        description="Where it acts: the path of a module, or the name of an input of the model, whose bools, or "
+        "numbers other than 0, say so, with a shape that the value's begins with, such as [batch, sequence]. Elsewhere "
+        "the value stays as it is.",
+    )
     weights: Weights | None = Field(
         default=None,
         kw_only=True,
@@ -648,6 +655,10 @@ class Grafted(Step):
             yield "tasks", "and select are given together, or not at all"
         if self.select in self.taps:
             yield "taps", f"{self.select!r} is the input that select adds; it need not be tapped"
+        if self.mask is not None and self.how == "new":
+            yield "mask", "has no meaning for new outputs, which have no value to keep"
+        if self.mask is not None and self.on in ("weight", "bias"):
+            yield "mask", "has no meaning for a parameter, which is the same at all positions"
 
 
 class _AnyModule(Grafted):

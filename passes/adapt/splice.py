@@ -182,7 +182,8 @@ class _Garden:
                 where=step.name, hint="name another argument of its forward",
             )  # fmt: skip
         operands = {first: value, **taps}
-        before = _behind(program, operands.values())
+        mask = None if step.mask is None else self._named(step, "mask", step.mask)
+        before = _behind(program, [*operands.values(), *([] if mask is None else [mask])])
         if step.read == "result":
             operands[first] = self._again(request.places[call][0], path, before, origin)
         operands = _cast(program, operands, _dtype(module), before, origin)
@@ -192,9 +193,9 @@ class _Garden:
         made = graft(program, found, list(operands.values()), request.constants, before=before, like=end, origin=origin)
         request.operators += len(made.nodes)
         if _is_head(step):
-            _put_out(program, step, made, origin)
+            _put_out(program, step, made, mask, origin)
             return
-        nodes = self._put_in(request, call, made, before, origin)
+        nodes = self._put_in(request, call, made, mask, before, origin)
         if step.on in ("output", "module"):  # a part of the site's module, and of what that is in
             for node in nodes:
                 node.meta["nn_module_stack"] = _stack(replaced, path)
@@ -219,29 +220,31 @@ class _Garden:
         return copies[left[0]]
 
     def _taps(self, step: Grafted) -> dict[str, Node]:
-        names = [spec.name for spec in self.program.inputs]
-        found: dict[str, Node] = {}
-        for keyword, what in step.taps.items():
-            values = self.results.operators.get(what, [])
-            if what in names:
-                self._refuse_short(step, what)
-                found[keyword] = self.program.placeholders[names.index(what)]
-            elif len(values) == 1:
-                found[keyword] = self._made(values[0], what)
-            else:
-                reason = "returns several tensors, or runs several times" if values else "is no input and no module"
-                raise PlanError(f"taps: {what!r} {reason}", where=step.name, hint=f"the inputs are {', '.join(names)}")
+        found = {keyword: self._named(step, "taps", what) for keyword, what in step.taps.items()}
         if step.selection is not None:
+            names = [spec.name for spec in self.program.inputs]
             found[step.selection[0]] = self.program.placeholders[names.index(step.selection[0])]
         return found
 
-    def _refuse_short(self, step: Grafted, name: str) -> None:
+    def _named(self, step: Grafted, key: str, what: str) -> Node:
+        """The input of that name, or what the module at that path returns, behind the steps there."""
+        names = [spec.name for spec in self.program.inputs]
+        if what in names:
+            self._refuse_short(step, key, what)
+            return self.program.placeholders[names.index(what)]
+        values = self.results.operators.get(what, [])
+        if len(values) != 1:
+            reason = "returns several tensors, or runs several times" if values else "is no input and no module"
+            raise PlanError(f"{key}: {what!r} {reason}", where=step.name, hint=f"the inputs are {', '.join(names)}")
+        return self._made(values[0], what)
+
+    def _refuse_short(self, step: Grafted, key: str, name: str) -> None:
         """Raises PlanError: the input `name` lacks the positions that a prompt has added to all values."""
         prompts = [other.name for other in self.ctx.plan.steps if isinstance(other, Prompt)]
         shape = next(spec.shape for spec in self.program.inputs if spec.name == name)
         if prompts and any(isinstance(size, str) for size in shape[1:]):
             raise PlanError(
-                f"taps: {name!r} is as long as the sequences without the prompt of {prompts[0]!r}",
+                f"{key}: {name!r} is as long as the sequences without the prompt of {prompts[0]!r}",
                 where=step.name, hint="tap a module that reads it",
             )  # fmt: skip
 
@@ -265,7 +268,9 @@ class _Garden:
             found[name].meta = {"val": found[name].meta["val"], "fxfreeze": origin}
         return found
 
-    def _put_in(self, request: _Request, call: int, made: Graft, before: Node, origin: Origin) -> frozenset[Node]:
+    def _put_in(
+        self, request: _Request, call: int, made: Graft, mask: Node | None, before: Node, origin: Origin
+    ) -> frozenset[Node]:
         """Let those who read a value read the one result of `made`, or the sum of both; all nodes that makes."""
         program, step, replaced = self.program, request.step, request.places[call][1]
         chain = self._entry(replaced) if step.on == "input" else self._chain(replaced)
@@ -285,10 +290,12 @@ class _Garden:
             return node
 
         if step.how == "add":
-            _check_sum(step, new, old, origin)
+            _check_form(step, new, old, origin, "be added to")
             new = emit(aten.add.Tensor, old, new if step.scale == 1 else emit(aten.mul.Tensor, new, step.scale))
         if new.meta["val"].dtype != old.meta["val"].dtype:
             new = emit(aten.to.dtype, new, old.meta["val"].dtype)
+        if mask is not None:
+            new = _where(step, mask, new, old, emit, origin)
         chain.add(new, replaced.users, frozenset(nodes), request.path)
         # A tap may come after those who read the value.
         if not sort(program.graph):
@@ -378,17 +385,37 @@ def _check_kind(step: Grafted, new: Node, old: Node, origin: Origin) -> None:
         )  # fmt: skip
 
 
-def _check_sum(step: Grafted, new: Node, old: Node, origin: Origin) -> None:
-    """Raises PlanError: what `step` makes has another shape than what it is to be added to."""
+def _check_form(step: Grafted, new: Node, old: Node, origin: Origin, use: str) -> None:
+    """Raises PlanError: what `step` makes has another shape than the value that it is to `use`."""
     made, there = (list(node.meta["val"].shape) for node in (new, old))
     if list(map(str, made)) != list(map(str, there)):
         raise PlanError(
-            f"{step.name!r} makes {made}, which cannot be added to {there}", where=origin.site,
-            hint="what is added has the shape of the value",
+            f"{step.name!r} makes {made}, which cannot {use} {there}", where=origin.site,
+            hint="return the shape of the value",
         )  # fmt: skip
 
 
-def _put_out(program: Program, step: Head | BayesCap, made: Graft, origin: Origin) -> None:
+def _where(step: Grafted, mask: Node, new: Node, old: Node, emit: Callable[..., Node], origin: Origin) -> Node:
+    """`new` where `mask` says so, else `old`.
+
+    Raises:
+        PlanError: the mask has another shape than the value begins with, or the value another one than before.
+    """
+    _check_form(step, new, old, origin, "take the place of some positions of")
+    given, value = mask.meta["val"], old.meta["val"]
+    leading = zip(given.shape, value.shape, strict=False)
+    if given.ndim > value.ndim or not all(str(own) in ("1", str(size)) for own, size in leading):
+        raise PlanError(
+            f"mask: {step.mask!r} is {list(given.shape)}, with which the value {list(value.shape)} does not begin",
+            where=origin.site, hint="name a mask with a number for every position, such as [batch, sequence]",
+        )  # fmt: skip
+    holds = mask if given.dtype == torch.bool else emit(aten.ne.Scalar, mask, 0)
+    for _ in range(value.ndim - given.ndim):
+        holds = emit(aten.unsqueeze.default, holds, -1)
+    return emit(aten.where.self, holds, new, old)
+
+
+def _put_out(program: Program, step: Head | BayesCap, made: Graft, mask: Node | None, origin: Origin) -> None:
     """Make the results of `made` outputs of the program, or change one that it has."""
     if step.how == "new":
         program.add_outputs(dict(zip(_names(program, step, made), made.results, strict=True)))
@@ -405,12 +432,19 @@ def _put_out(program: Program, step: Head | BayesCap, made: Graft, origin: Origi
     index, end = program.outputs.index(name), program.graph.output_node()
     old = results[index]
     _check_kind(step, new, old, origin)
+
+    def emit(target: Any, *args: Any) -> Node:
+        node = program.call(target, *args, before=end, like=end)
+        node.meta["fxfreeze"] = origin
+        return node
+
     if step.how == "add":
-        _check_sum(step, new, old, origin)
-        new = program.call(aten.add.Tensor, old, new, before=end, like=end)
+        _check_form(step, new, old, origin, "be added to")
+        new = emit(aten.add.Tensor, old, new)
     if new.meta["val"].dtype != old.meta["val"].dtype:
-        new = program.call(aten.to.dtype, new, old.meta["val"].dtype, before=end, like=end)
-    new.meta["fxfreeze"] = origin
+        new = emit(aten.to.dtype, new, old.meta["val"].dtype)
+    if mask is not None:
+        new = _where(step, mask, new, old, emit, origin)
     results[index] = new
     end.args = (tuple(results),)
     end.meta["val"] = tuple(node.meta["val"] for node in results)

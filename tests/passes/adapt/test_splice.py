@@ -600,3 +600,91 @@ def test_an_input_is_not_tapped_behind_a_prompt() -> None:
     steps = [fz.Prompt(at="embed", tokens=2), fz.Splice(Masked(), at="out", taps={"ids": "ids"})]
     with pytest.raises(PlanError, match="'ids' is as long as the sequences without the prompt of 'prompt'"):
         adapted(*steps, model=Reader().eval(), inputs=[fz.Input("ids", ("batch", "length"), "int64")])
+
+
+# ---- at some positions
+
+
+class Tokens(nn.Module):
+    """A value per token, and which tokens count."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.layer, self.last = nn.Embedding(9, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+        self.score = nn.Sequential(nn.Linear(8, 1), nn.ReLU(), nn.Flatten(1))
+
+    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+        h = torch.relu(self.layer(self.embed(ids)))
+        return self.last(h) * (mask > 0).unsqueeze(-1) + 0 * self.score(h).unsqueeze(-1)
+
+
+def tokens(*steps: Any, dtype: str = "int64") -> tuple[nn.Module, fz.AdaptedModule, Tensor, Tensor]:
+    torch.manual_seed(0)
+    model = Tokens().eval()
+    inputs = [fz.Input("ids", ("batch", "length"), "int64", low=0, high=8),
+              fz.Input("mask", ("batch", "length"), dtype, low=0, high=2)]  # fmt: skip
+    net = fz.adapt(model, fz.Plan(inputs, steps, targets=["onnx"]))
+    return model, net, torch.randint(0, 9, (3, 5)), torch.randint(0, 3, (3, 5)).to(getattr(torch, dtype))
+
+
+def test_only_where_a_mask_says_so() -> None:
+    module = Bottleneck(8)
+    for how in ("replace", "add"):
+        model, net, ids, mask = tokens(fz.Splice(module, at="layer", how=how, mask="mask"))
+        h = model.layer(model.embed(ids))
+        new = module(h) + (h if how == "add" else 0)
+        expected = model.last(torch.relu(torch.where((mask != 0)[..., None], new, h))) * (mask > 0)[..., None]
+        same(net(ids, mask), expected)
+        assert not torch.allclose(expected, model(ids, mask)), "a mask that is all 0 would show nothing"
+        same(fz.compile(net, net.plan)(ids, mask), expected)
+
+
+def test_a_mask_that_a_module_makes() -> None:
+    module = nn.Linear(8, 8)
+    model, net, ids, mask = tokens(fz.Splice(module, at="last", on="input", mask="score"))
+    h = torch.relu(model.layer(model.embed(ids)))
+    holds = model.score(h)[..., None] != 0
+    assert holds.any() and not holds.all()
+    same(net(ids, mask), model.last(torch.where(holds, module(h), h)) * (mask > 0)[..., None])
+    with pytest.raises(PlanError, match="made of what it changes"):
+        tokens(fz.Splice(module, at="layer", mask="score"))
+
+
+def test_a_mask_over_rows_of_bools() -> None:
+    class Rows(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.last = nn.Linear(8, 8), nn.Linear(8, 3)
+
+        def forward(self, x: Tensor, rows: Tensor) -> Tensor:
+            return self.last(self.body(x)) + rows.float().mean() * 0
+
+    torch.manual_seed(0)
+    model, module = Rows().eval(), nn.Linear(8, 8)
+    inputs = [fz.Input("x", ("batch", 4, 8)), fz.Input("rows", ("batch",), "bool")]
+    net = fz.adapt(model, fz.Plan(inputs, [fz.Splice(module, at="last", on="input", mask="rows")]))
+    x, rows = torch.randn(3, 4, 8), torch.tensor([True, False, True])
+    h = model.body(x)
+    same(net(x, rows), model.last(torch.where(rows[:, None, None], module(h), h)))
+    net(x, rows).sum().backward()
+    assert all(value.grad is not None and value.grad.any() for value in net.parameters())
+
+
+def test_a_head_replaces_an_output_at_some_positions() -> None:
+    module = nn.Linear(8, 3)
+    model, net, ids, mask = tokens(fz.Head(module, at="layer", how="replace", mask="mask"))
+    other = module(model.layer(model.embed(ids)))
+    same(net(ids, mask), torch.where((mask != 0)[..., None], other, model(ids, mask)))
+
+
+@pytest.mark.parametrize(
+    ("step", "match"),
+    [
+        (fz.Bottleneck(at="layer", width=2, mask="nowhere"), "mask: 'nowhere' is no input and no module"),
+        (fz.Splice(nn.Linear(8, 4), at="last", on="module", mask="mask"), r"cannot take the place of some positions"),
+        (fz.Splice(nn.Tanh(), at="score", mask="layer"), r"mask: 'layer' is \[.*8\], with which the value"),
+    ],
+)
+def test_masks_that_fit_nothing_are_refused(step: Any, match: str) -> None:
+    with pytest.raises(PlanError, match=match):
+        tokens(step)
