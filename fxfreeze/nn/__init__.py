@@ -17,6 +17,7 @@ from .dendrites import Dendrites
 from .gate import Firing, Gate, TemperatureSchedule, firing
 from .grafts import CrossAttentionFusion, FrozenBlock, InnerAdaptor
 from .hub import HubBottleneck
+from .hypergraph import HypergraphContext
 from .hypernetwork import Hypernetwork, LinearBank
 from .reft import DiReFT, LoReFT
 from .stitched import Edit, StitchedMLP, edit
@@ -34,6 +35,7 @@ __all__ = [
     "FrozenBlock",
     "Gate",
     "HubBottleneck",
+    "HypergraphContext",
     "Hypernetwork",
     "InnerAdaptor",
     "LinearBank",

@@ -71,7 +71,7 @@ class UnreadRows(Pass):
 
 def _drop(program: Program, node: Node) -> None:
     """Erase what nothing reads any more: its operands must not seem to be read whole."""
-    if node.users or node.op != "call_function":
+    if node._erased or node.users or node.op != "call_function":
         return
     operands = node.all_input_nodes
     program.graph.erase_node(node)
