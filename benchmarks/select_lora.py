@@ -10,7 +10,10 @@ from __future__ import annotations
 
 import copy
 import functools
+import multiprocessing
+import tempfile
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -120,25 +123,41 @@ class Subject:
         return self.eager(words, few, many)
 
     def compiled(self, target: str) -> Callable[..., Tensor]:
-        runner = built(self.model, self.plan(target))
+        runner = built(self.size, self.seed, target, None)
         return lambda words, few, many: runner(words)[0]
 
 
-def built(model: nn.Module, plan: Any) -> Callable[..., Any]:
-    """Without the checks of an artifact's call, beside which a difference would look smaller."""
+def built(size: Size, seed: int, target: str, adapters: int | None) -> Callable[..., Any]:
+    """What an artifact runs, without the checks of its call, beside which a difference would look smaller.
+
+    It is compiled in a process of its own: what that takes is a multiple of what all the peers hold at last.
+    """
     import fxfreeze as fz
 
-    try:
-        artifact = fz.compile(model, plan, verify="off")
-    except fz.MissingDependencyError as error:
-        raise Unavailable(str(error)) from error
+    folder = tempfile.TemporaryDirectory()
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        pool.submit(_save, size, seed, target, adapters, f"{folder.name}/artifact").result()
+    artifact = fz.load(f"{folder.name}/artifact")
     runner = artifact.runner()
 
     def call(*inputs: Tensor) -> Any:
         return runner(*inputs)
 
-    call.artifact = artifact  # type: ignore[attr-defined]  # its files go with it
+    call.files = artifact, folder  # type: ignore[attr-defined]  # they go with it
     return call
+
+
+def _save(size: Size, seed: int, target: str, adapters: int | None, folder: str) -> None:
+    import fxfreeze as fz
+
+    subject = Subject(size, seed)
+    model, plan = subject.model, subject.plan(target)
+    if adapters is not None:
+        model, plan = Selected(subject, adapters).adapted(target)
+    try:
+        fz.compile(model, plan, verify="off").save(folder)
+    except fz.MissingDependencyError as error:
+        raise Unavailable(str(error)) from error
 
 
 class Selected:
@@ -156,6 +175,11 @@ class Selected:
         return a, b
 
     def compiled(self, target: str) -> Callable[..., Tensor]:
+        runner = built(self.subject.size, self.subject.seed, target, self.adapters)
+        return lambda words, few, many: runner(words, self._own(few, many))[0]
+
+    def adapted(self, target: str) -> tuple[nn.Module, Any]:
+        """The base with the adapters, and its plan."""
         import fxfreeze as fz
 
         globs = ["encoder.layer.*.attention.self.query", "encoder.layer.*.attention.self.value"]
@@ -166,8 +190,7 @@ class Selected:
             for site in self.subject.sites:
                 for leaf, value in zip(("lora_A", "lora_B"), self.pair(site), strict=True):
                     parameters[f"adapters.lora.{site}.{leaf}"].copy_(value)
-        runner = built(net, plan)
-        return lambda words, few, many: runner(words, self._own(few, many))[0]
+        return net, plan
 
     def _own(self, few: Tensor, many: Tensor) -> Tensor:
         return few if self.adapters == FEW else many
