@@ -14,6 +14,7 @@ from fxfreeze import Dim, Input, Plan
 from fxfreeze.capture import capture
 from fxfreeze.emit import aoti
 from fxfreeze.kernels._op import OPS
+from fxfreeze.kernels.block_sparse import compress
 from fxfreeze.lower import Lowering, shims
 
 KERNEL = OPS["tversky_frozen"]
@@ -38,19 +39,22 @@ class Head(nn.Module):
 
 
 class Gated(Head):
-    """Two more operators in the same package. One has a neuron with an infinite weight, of which a dense product makes
-    NaN where it does not fire."""
+    """More operators in the same package. One has a neuron with an infinite weight, of which a dense product makes NaN
+    where it does not fire."""
 
     def __init__(self):
         super().__init__()
         self.register_buffer("down", torch.randn(6, 50))
         self.register_buffer("infinite", self.down.index_fill(0, torch.tensor(5), float("inf")))
         self.register_buffer("bias", torch.randn(50))
+        for name, value in zip(("tiles", "crow", "col"), compress(torch.randn(50, 6).triu(-15), 4, 16)):
+            self.register_buffer(name, value)
 
     def forward(self, x):
         h = x.relu()
         finite = torch.ops.fxfreeze.sparse_down(h, self.down, self.bias, crossover=0.5)
-        return super().forward(x), finite, torch.ops.fxfreeze.sparse_down(h, self.infinite, crossover=0.5)
+        tiled = torch.ops.fxfreeze.block_sparse(x, self.tiles, self.crow, self.col, self.bias, out_features=50)
+        return super().forward(x), finite, tiled, torch.ops.fxfreeze.sparse_down(h, self.infinite, crossover=0.5)
 
 
 def lowered(largest=8, shape=("n", 6), model=Head, **kind):
@@ -91,11 +95,12 @@ def test_without_such_an_operator_there_is_one_export():
     assert lowering.native is lowering.exported
 
 
-def test_a_sparse_product_is_kept_where_it_serves():
+def test_sparse_products_are_kept_where_they_serve():
     lowering = lowered(model=Gated)
-    down = OPS["sparse_down"]
-    assert set(shims(lowering.native)) == {KERNEL.native_op, down.native_op}
+    down, tiled = OPS["sparse_down"], OPS["block_sparse"]
+    assert set(shims(lowering.native)) == {KERNEL.native_op, down.native_op, tiled.native_op}
     assert ours(lowering.native).count(str(down.native_op)) == 2
+    assert ours(lowering.native).count(str(tiled.native_op)) == 1
     assert ours(lowering.exported) == []
 
 
@@ -114,11 +119,11 @@ def test_a_package_runs_without_us(tmp_path):
         inputs, want = torch.load("cases.pt")
         model = torch._inductor.aoti_load_package("model.pt2")
         found = [model(x) for x in inputs]
-        pairs = [(one, other) for ours, theirs in zip(found, want) for one, other in zip(ours[:2], theirs)]
+        pairs = [(one, other) for ours, theirs in zip(found, want) for one, other in zip(ours[:3], theirs)]
         print(max(float((one - other).abs().max() / other.abs().max()) for one, other in pairs))
-        print(*(int(row[2].isfinite().all()) - int(row[2].isnan().all()) for row in found), sep=",")
+        print(*(int(row[3].isfinite().all()) - int(row[3].isnan().all()) for row in found), sep=",")
         print(any(name.startswith("fxfreeze") and sys.modules[name] for name in sys.modules))
-        for name in ("tversky_frozen_native", "sparse_down_native"):
+        for name in ("tversky_frozen_native", "sparse_down_native", "block_sparse_native"):
             assert not hasattr(torch.ops.fxfreeze, name)
     """)
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
