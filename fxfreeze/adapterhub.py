@@ -9,7 +9,8 @@ Of a sublayer, h is what its last Linear makes, r its residual input, and LN the
 computes LN(h + r). A bottleneck acts on h, on h + r in front of LN, or on what LN makes, whichever the configuration
 amounts to.
 
-Source: github.com/adapter-hub/adapters, src/adapters/methods and src/adapters/models; read, not copied.
+Source: github.com/adapter-hub/adapters, src/adapters/methods and src/adapters/models; read, not copied. Compared with
+what version 1.3.0 saves and computes.
 """
 
 from __future__ import annotations
@@ -17,14 +18,17 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from .checkpoints import globs, read_config, read_shapes
 from .errors import PlanError
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter.safetensors", "pytorch_adapter.bin"
-_CONVERT = "load it with the adapters library, and save_adapter(folder, name, use_safetensors=True)"
+_CONVERT = (
+    "load it with the adapters library, and save_adapter(folder, name, use_safetensors=True); it fails with ln_before, "
+    "whose norm has two names: there, safetensors.torch.save_file clones of torch.load(file, weights_only=True)"
+)
 MODULE = "fxfreeze.nn:HubBottleneck"
 
 
@@ -201,12 +205,13 @@ class _Method:
 
 _ONLY_PHM = ("phm_dim", "factorized_phm_W", "shared_W_phm", "shared_phm_rule", "factorized_phm_rule", "phm_c_init",
              "phm_init_range", "learn_phm", "hypercomplex_nonlinearity", "phm_rank", "phm_bias")  # fmt: skip
+_VERA = "its matrices are trained square ones times two that all layers share (VeRA)"
 _GATE = "a gate that averages over the sequence scales the adapter"
 _METHODS = {
     "bottleneck": _Method(
         ("mh_adapter", "output_adapter", "reduction_factor", "non_linearity", "original_ln_before",
          "original_ln_after", "ln_before", "ln_after", "is_parallel", "scaling", "residual_before_ln",
-         "adapter_residual_before_ln", "leave_out", "init_weights", "dropout", "stochastic_depth",
+         "adapter_residual_before_ln", "leave_out", "init_weights", "init_weights_seed", "dropout", "stochastic_depth",
          "inv_adapter", "invertible_adapter", "inv_adapter_reduction_factor", *_ONLY_PHM),
         {"use_gating": _GATE,
          "phm_layer": "its weights are sums of Kronecker products (Compacter)",
@@ -214,12 +219,14 @@ _METHODS = {
     ),
     "lora": _Method(
         ("selfattn_lora", "intermediate_lora", "output_lora", "leave_out", "r", "alpha", "dropout", "attn_matrices",
-         "composition_mode", "init_weights", "dtype"),
-        {"use_gating": _GATE},
+         "composition_mode", "init_weights", "init_weights_seed", "dtype"),
+        {"use_gating": _GATE,
+         "use_dora": "its magnitudes scale the bias too, and are divided by norms of W + BA without its scale",
+         "vera_d": _VERA, "vera_b": _VERA},
     ),
     "reft": _Method(
         ("layers", "prefix_positions", "suffix_positions", "r", "orthogonality", "tied_weights",
-         "subtract_projection", "dropout", "output_reft", "dtype"),
+         "subtract_projection", "dropout", "output_reft", "init_weights_seed", "dtype"),
         {"non_linearity": "an activation inside of the edit"},
     ),
 }  # fmt: skip
@@ -256,9 +263,10 @@ def read_hub_steps(folder: str | os.PathLike[str], base: str | None = None) -> l
     Raises:
         PlanError: the folder holds no such checkpoint, or one with something in it that no step can do; says what.
     """
-    found = _open(os.fspath(folder), base)
+    found = _open(os.fspath(folder))
     architecture = _architecture(found.method)
-    _check_config(found, _METHODS[architecture])
+    _check_config(found, _METHODS[architecture])  # first, for it names a key where a weights file has odd tensors only
+    found = _with_parts(found, base)
     steps = {"bottleneck": _bottlenecks, "lora": _loras, "reft": _refts}[architecture](found)
     return [{**step, "weights": found.file} for step in steps]
 
@@ -267,7 +275,8 @@ def _architecture(method: Mapping[str, Any]) -> str:
     return str(method.get("architecture") or "bottleneck")
 
 
-def _open(folder: str, base: str | None) -> Found:
+def _open(folder: str) -> Found:
+    """What the configuration says."""
     path = os.path.join(folder, CONFIG)
     top = read_config(path, "AdapterHub checkpoint", "save_adapter")
     if "peft_type" in top:
@@ -288,15 +297,20 @@ def _open(folder: str, base: str | None) -> Found:
             f"model_type = {top.get('model_type')!r}: it is not known where this model's layers are", where=path,
             hint=f"known are {', '.join(LAYOUTS)}",
         )  # fmt: skip
-    file = os.path.join(folder, WEIGHTS)
+    return Found(folder, os.path.join(folder, WEIGHTS), top, method, layout, {}, "")
+
+
+def _with_parts(config: Found, base: str | None) -> Found:
+    """And where the weights file has adapters."""
+    file, top = config.file, config.top
     shapes = read_shapes(file, PICKLE, _CONVERT)
     parts: dict[tuple[int, str], dict[str, tuple[int, ...]]] = {}
     bases = set()
     for key, shape in shapes.items():
         if "invertible_adapters." in key:
-            raise PlanError(f"config.inv_adapter = {method.get('inv_adapter')!r}: {_INVERTIBLE}", where=path)
+            raise config.refusal("inv_adapter", _INVERTIBLE)
         match = _KEY.fullmatch(key)
-        if match is None or match["stem"] != layout.stem or match["name"] != top.get("name"):
+        if match is None or match["stem"] != config.layout.stem or match["name"] != top.get("name"):
             raise PlanError(
                 f"{key} is no part of an adapter {top.get('name')!r} of a {top['model_type']} that is known here",
                 where=file,
@@ -308,7 +322,7 @@ def _open(folder: str, base: str | None) -> Found:
     if len(bases) > 1:
         raise PlanError(f"the file holds adapters of several models: {', '.join(sorted(bases))}", where=file)
     found = bases.pop() if base is None else base
-    return Found(folder, file, top, method, layout, dict(sorted(parts.items())), f"{found}." if found else "")
+    return replace(config, parts=dict(sorted(parts.items())), base=f"{found}." if found else "")
 
 
 _INVERTIBLE = "an invertible adapter changes the embeddings, and undoes that behind the model, which no step can do"

@@ -1,7 +1,8 @@
 """AdapterHub checkpoints read as steps: what the library's equations give, written out here, or a refusal with why.
 
-The library is not installed. Its folders are written here with its file names and keys, and its forward is written from
-its documentation and source (github.com/adapter-hub/adapters, src/adapters/methods) around the blocks of transformers.
+The library is not installed. Folders that it wrote are in ``data/adapterhub``, with what it computed. The others are
+written here with its file names and keys, and its forward is written from its documentation and source
+(github.com/adapter-hub/adapters, src/adapters/methods) around the blocks of transformers.
 """
 
 from __future__ import annotations
@@ -33,12 +34,12 @@ NAME = "task"
 class Net(nn.Module):
     """A base model under a name of its own, with the last hidden states."""
 
-    def __init__(self, kind: str, path: str) -> None:
+    def __init__(self, kind: str, path: str, base: nn.Module | None = None) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.path = path
-        setattr(self, path, base_model(kind))
-        for parameter in self.parameters():
+        setattr(self, path, base_model(kind) if base is None else base)
+        for parameter in self.parameters() if base is None else ():
             nn.init.normal_(parameter, std=0.3)
 
     @property
@@ -77,6 +78,61 @@ def batch() -> tuple[Tensor, Tensor]:
     ids = torch.randint(3, 20, (3, 6), generator=torch.Generator().manual_seed(5))
     mask = torch.tensor([[1] * 6, [1] * 4 + [0] * 2, [1] * 5 + [0]])
     return ids, mask
+
+
+# ---- folders that the library wrote
+
+DATA = Path(__file__).parent / "data" / "adapterhub"
+TOKENS = torch.tensor([[3, 7, 5, 11, 4], [9, 15, 6, 1, 1]])
+MASK = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
+WRITTEN = {
+    "bert_seq_bn": "splice", "bert_double_seq_bn_norms": "splice", "bert_scaled_par_bn": "splice",
+    "bert_adapterplus": "splice", "bert_ia3": "ia3", "bert_direft": "direft", "roberta_post_add": "splice",
+    "xlm-roberta_lora": "lora", "electra_par_bn": "splice", "distilbert_norms": "splice", "distilbert_lora": "lora",
+    "distilbert_loreft": "loreft",
+}  # fmt: skip
+"""Folder → the kind of its steps."""
+
+
+def wave(name: str, shape: torch.Size) -> Tensor:
+    """Numbers that are the same everywhere, without a generator."""
+    angles = torch.arange(shape.numel(), dtype=torch.float64) * 1.7 + sum(name.encode())
+    return (0.4 * torch.sin(angles)).view(shape).float()
+
+
+def written_base(kind: str) -> nn.Module:
+    t: Any = transformers
+    sizes = {"vocab_size": 16, "max_position_embeddings": 9, "attn_implementation": "sdpa"}
+    if kind == "distilbert":
+        config = t.DistilBertConfig(dim=8, n_layers=2, n_heads=2, hidden_dim=12, **sizes)
+    else:
+        sizes |= {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 12}
+        sizes |= {"electra": {"embedding_size": 4}, "bert": {}}.get(kind, {"pad_token_id": 1})
+        config = t.AutoConfig.for_model(kind, **sizes)
+    base = t.AutoModel.from_config(config).eval()
+    with torch.no_grad():
+        for name, parameter in base.named_parameters():
+            parameter.copy_(wave(name, parameter.shape))
+    return base
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_folders_that_the_library_wrote(name: str) -> None:
+    kind = name.partition("_")[0]
+    expected = safetensors.torch.load_file(DATA / "outputs.safetensors")[name]
+    net = Net(kind, kind.removeprefix("xlm-"), written_base(kind)).eval()
+    steps = fz.from_adapterhub(DATA / name)
+    assert {step.kind for step in steps} == {WRITTEN[name]}
+    inputs = [fz.Input("input_ids", (2, 5), "int64", 3, 15), fz.Input("attention_mask", (2, 5), "int64", 0, 1)]
+    done = rewrite(net, fz.Plan(inputs, steps, targets=()), verify="off")
+    (actual,) = done.program.run(TOKENS, MASK)
+    with torch.no_grad():
+        assert (expected - net(TOKENS, MASK)).abs().max() > 0.05
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=2e-6)
+
+
+def test_every_folder_that_the_library_wrote_is_tested() -> None:
+    assert {folder.name for folder in DATA.iterdir() if folder.is_dir()} == WRITTEN.keys()
 
 
 # ---- the library's files
@@ -577,7 +633,9 @@ def test_what_no_step_can_do_is_refused(changes: Any, message: str, tmp_path: Pa
         ({"composition_mode": "scale"}, "is of an adapter with loras.lora_B"),
         ({"attn_matrices": ["q"]}, "holds an adapter of bert.encoder.layer.0.attention.self.value"),
         ({"output_lora": False}, "holds an adapter of bert.encoder.layer.0.output.dense"),
-        ({"vera_d": 0.1}, "config.vera_d = 0.1: an unknown key"),
+        ({"vera_d": 0.1}, "config.vera_d = 0.1: its matrices are trained square ones times two that all layers share"),
+        ({"use_dora": True}, "config.use_dora = True: its magnitudes scale the bias too"),
+        ({"frobnicate": 0.1}, "config.frobnicate = 0.1: an unknown key"),
     ],
 )
 def test_loras_that_no_step_is_are_refused(changes: Any, message: str, nets: Any, tmp_path: Path) -> None:
@@ -609,6 +667,25 @@ def test_edits_that_no_step_is_are_refused(changes: Any, message: str, tmp_path:
     }  # fmt: skip
     save(tmp_path, "bert", {**LOREFT, **changes}, tensors)
     assert message in refusal(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({**BN, "phm_layer": True}, "config.phm_layer = True: its weights are sums of Kronecker products"),
+        ({**LORA, "vera_d": 0.1}, "config.vera_d = 0.1: its matrices are trained square ones"),
+    ],
+)
+def test_a_refusal_names_the_key_also_where_the_file_has_tensors_that_all_layers_share(
+    config: Any, message: str, tmp_path: Path
+) -> None:
+    save(tmp_path, "bert", config, {f"bert.shared_parameters.{NAME}.lora_A": drawn(0, 3, WIDTH)})
+    assert message in refusal(tmp_path)
+
+
+def test_a_seed_that_only_drew_the_first_values_is_no_reason(nets: Any, tmp_path: Path) -> None:
+    save(tmp_path, "bert", {**BN, "init_weights_seed": 7}, bottleneck_tensors("bert", BN))
+    assert len(fz.from_adapterhub(tmp_path)) == 1
 
 
 def test_the_first_input_of_an_electra_is_not_known(tmp_path: Path) -> None:
