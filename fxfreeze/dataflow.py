@@ -103,6 +103,42 @@ def _reshaped(before: Sequence[Any], after: Sequence[Any]) -> dict[int, int]:
     return found
 
 
+def reshape_blocks(before: Sequence[Any], after: Sequence[Any]) -> list[tuple[range, range]] | None:
+    """The dims of a value and of what a reshape makes of it, in the smallest blocks that hold as many entries.
+
+    Returns:
+        Pairs of dims of the operand and dims of the result, counted from the front, both in order; None where sizes are
+        0, or symbolic and cannot be compared. Blocks are found from the last dims on; dims of one entry join any.
+    """
+    if 0 in before or 0 in after:
+        return None
+    blocks: list[tuple[range, range]] = []
+    i, j = len(before), len(after)
+    while i or j:
+        ends, i, j = (i, j), max(i - 1, 0), max(j - 1, 0)
+        while str(old := math.prod(before[i : ends[0]])) != str(new := math.prod(after[j : ends[1]])):
+            # What can be told to be smaller goes on; a number is smaller than its product with a symbolic size.
+            smaller = old < new if isinstance(old, int) and isinstance(new, int) else isinstance(old, int)
+            if smaller and i:
+                i -= 1
+            elif j:
+                j -= 1
+            elif i:
+                i -= 1
+            else:
+                return None
+        blocks.append((range(i, ends[0]), range(j, ends[1])))
+    return blocks[::-1]
+
+
+def arguments(node: Node) -> dict[str, Any]:
+    """Every argument of an operator call by its schema name, defaults filled in."""
+    schema = node.target._schema.arguments  # type: ignore[union-attr]
+    values = {item.name: item.default_value for item in schema}
+    values.update(zip((item.name for item in schema), node.args, strict=False))
+    return {**values, **node.kwargs}
+
+
 def sort(graph: Graph) -> bool:
     """Move every node that stands before one of its operands behind that, and leave the others in their order.
 

@@ -25,6 +25,7 @@ from typing import Any, Literal
 import torch
 from torch.fx import Node
 
+from fxfreeze.dataflow import arguments as arguments
 from fxfreeze.program import Program
 from fxfreeze.rewrite import NoMatch, fail
 
@@ -178,14 +179,6 @@ def constant_problem(program: Program, operator: WeightOperator) -> NoMatch | No
         if not (stored := operand.meta["val"]).is_floating_point():
             return fail(f"its {name} is {stored.dtype}, not floating", operator.node)
     return None
-
-
-def arguments(node: Node) -> dict[str, Any]:
-    """Every argument of an operator call by its schema name, defaults filled in."""
-    schema = node.target._schema.arguments  # type: ignore[union-attr]
-    values = {item.name: item.default_value for item in schema}
-    values.update(zip((item.name for item in schema), node.args, strict=False))
-    return {**values, **node.kwargs}
 
 
 def apply(moves: Moves, value: torch.Tensor) -> torch.Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch.fx import Node
 
 import fxfreeze as fz
 from fxfreeze.capture import capture
-from fxfreeze.dataflow import passage
+from fxfreeze.dataflow import passage, reshape_blocks
 
 F = nn.functional
 
@@ -50,6 +51,13 @@ MIXING: dict[str, Callable[[Tensor], Tensor]] = {
     "merged": lambda x: x.reshape(-1, 60),
 }
 """Operators (the last one of each) without a passage for dim 1 of x."""
+
+
+SYMBOLIC: dict[str, Callable[[Tensor], Tensor]] = {
+    "merged": lambda x: x.flatten(0, 1),
+    "split": lambda x: x.flatten(0, 1).unflatten(0, (-1, 3)),
+    "all": lambda x: x.flatten(),
+}
 
 
 class Each(nn.Module):
@@ -123,3 +131,31 @@ def test_what_mixes_channels_has_none() -> None:
 def test_only_operators_have_one(passing: dict[str, Node]) -> None:
     graph = passing["relu"].graph
     assert all(passage(node) is None for node in graph.nodes if node.op != "call_function")
+
+
+@pytest.mark.parametrize("before, after, blocks", [
+    ((2, 3, 4), (6, 4), [("01", "0"), ("2", "1")]),
+    ((5, 12, 7), (5, 3, 4, 7), [("0", "0"), ("1", "12"), ("2", "3")]),
+    ((2, 12, 6), (2, 4, 18), [("0", "0"), ("12", "12")]),
+    ((8,), (2, 4), [("0", "01")]), ((3, 1, 4), (3, 4), [("0", "0"), ("2", "1")]),
+    ((2, 3), (1, 6, 1), [("01", "1")]),
+    ((4, 6, 5), (4, 2, 15), [("0", "0"), ("12", "12")]), ((0, 3), (3, 0), None),
+])  # fmt: skip
+def test_a_reshape_takes_dims_in_blocks(before: tuple[int, ...], after: tuple[int, ...], blocks: Any) -> None:
+    def full(block: tuple[Any, Any]) -> list[list[int]]:
+        """Without dims of one entry, which may be in any block."""
+        return [[at for at in map(int, part) if shape[at] != 1] for part, shape in zip(block, (before, after))]
+
+    found = reshape_blocks(before, after)
+    if blocks is None or found is None:
+        assert found is blocks
+    else:
+        assert [full(block) for block in found if any(full(block))] == [full(block) for block in blocks]
+
+
+def test_a_reshape_of_symbolic_sizes_takes_what_is_the_same() -> None:
+    shapes = {name: node.all_input_nodes[0].meta["val"].shape for name, node in last_nodes(SYMBOLIC).items()}
+    results = {name: node.meta["val"].shape for name, node in last_nodes(SYMBOLIC).items()}
+    blocks = {name: reshape_blocks(shapes[name], results[name]) for name in shapes}
+    said = {name: [tuple(map(len, block)) for block in found or []] for name, found in blocks.items()}
+    assert said == {"merged": [(2, 1), (1, 1), (1, 1)], "split": [(1, 2), (1, 1), (1, 1)], "all": [(4, 1)]}

@@ -50,6 +50,8 @@ TABLE: dict[str, str] = {
     "masks": "record weights",
     "functional": "program",
     "dataflow": "program",
+    "axes": "",
+    "coupling": "axes dataflow program",
     "sampling": "plan program",
     "serialize": "constants kernels program sampling",
     "exporting": "program",
