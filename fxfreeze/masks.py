@@ -62,8 +62,7 @@ def write_mask(
         raise PlanError(f"metadata are texts by name, but {wrong[0]!r} is {more[wrong[0]]!r}", where=where)
     if not masks:
         raise PlanError("there are no masks to write", where=where)
-    # Copies: safetensors refuses tensors that share memory, as those of tied parameters may.
-    plain = {name: as_mask(name, value, where).clone() for name, value in masks.items()}
+    plain = {name: as_mask(name, value, where) for name, value in masks.items()}
     weights.write(path, plain, {"format": KIND, "version": str(FORMAT), **more})
 
 
@@ -80,7 +79,7 @@ def density(masks: Mapping[str, Tensor]) -> float:
 
 
 def as_mask(name: str, value: object, where: str) -> Tensor:
-    """`value` as a bool tensor, on its device.
+    """`value` as a bool tensor of its own, on its device.
 
     Raises:
         PlanError: it is no tensor, or holds something other than 0 and 1; names the key and the first such value.
