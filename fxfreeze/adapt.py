@@ -9,7 +9,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch.fx import GraphModule, Node
 
 from . import weights
 from .binding import build, check_inputs, flatten_inputs
+from .calibration import Calibration
 from .capture import capture, check_capture, flat_examples
 from .errors import PlanError
 from .pipeline import PassRow, proof_draws, run_passes, stage_passes
@@ -48,19 +49,28 @@ class Origins:
         raise TypeError("an adapted module cannot be pickled; keep its state_dict() or save_adapters()")
 
 
-def adapt(model: nn.Module, plan: Plan, *, example_inputs: Any = None, verify: Verify = "full") -> AdaptedModule:
+def adapt(
+    model: nn.Module,
+    plan: Plan,
+    *,
+    example_inputs: Any = None,
+    calibration: Iterable[Any] | None = None,
+    verify: Verify = "full",
+) -> AdaptedModule:
     """Put the plan's adapters into `model`.
 
     Args:
         model: any nn.Module. It is captured in eval mode, shares its weights with the result, and is left as it was.
         plan: inputs, and the steps to insert; its targets do not matter yet.
         example_inputs: inputs the model accepts, when random ones would not do.
+        calibration: batches of inputs, each as `example_inputs`, for what is measured on data: what masks change before
+            weights train.
         verify: how much to prove; see :func:`fxfreeze.compile`.
 
     Returns:
         A module that computes what `model` computes (until its adapters are trained, or unless the plan names trained
         weights), whose only parameters are the adapters'. A Tversky head starts near the layer it replaces, and a soft
-        gate as open as the ledger says.
+        gate as open as the ledger says; what a Prune step masks is gone at once.
 
     Raises:
         PlanError: a step matches nothing it can adapt, or its weights do not fit.
@@ -72,7 +82,7 @@ def adapt(model: nn.Module, plan: Plan, *, example_inputs: Any = None, verify: V
     program, eager = capture(model, plan, examples)
     draws = proof_draws(program, verify, examples)
     check_capture(program, eager, draws)
-    ctx = Context(plan)
+    ctx = Context(plan, given=Calibration(plan, calibration, examples))
     rows, prover = run_passes(program, stage_passes(PIPELINE, _STAGES), ctx, verify=verify, draws=draws)
     return AdaptedModule(Origins(program, plan, ctx.ledger, rows, prover.rows, examples))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -67,8 +67,8 @@ def compile(
         plan: inputs, steps and targets.
         example_inputs: inputs the model accepts, where ones drawn from the plan would not do: a tensor, a tuple of
             positional inputs, or a dict by name. They are cropped or repeated along symbolic dims.
-        calibration: batches of inputs, each as `example_inputs`, on which lossy steps (the hardening of gates) are
-            measured. A DataLoader may be read more than once; a generator is read once and kept.
+        calibration: batches of inputs, each as `example_inputs`, on which lossy steps (the hardening of gates, masks)
+            are measured. A DataLoader may be read more than once; a generator is read once and kept.
         evaluate: scores a callable that is called like the model; run on the frozen model and on every target, and
             recorded in ``manifest["scores"]``.
         verify: "full" proves every exact pass in float64 on two draws of different sizes, "sampled" on one draw,
@@ -103,6 +103,8 @@ def rewrite(
 ) -> Compilation:
     """Capture `model` and run every pass over it: :func:`compile` without its targets."""
     say = progress or (lambda text: None)
+    if isinstance(calibration, Iterator):
+        calibration = list(calibration)  # it is read while adapters are inserted, and again behind
     if not isinstance(model, AdaptedModule) and not plan.steps:
         say("capturing the model")
         return _rewrite_plain(model, plan, _Inputs.of(plan, example_inputs, calibration), verify, say)
@@ -110,7 +112,8 @@ def rewrite(
         net, inputs = model, _Inputs.of(plan, example_inputs, calibration)
     else:
         say("capturing the model and inserting adapters")
-        net, inputs = adapt(model, plan, example_inputs=example_inputs, verify=verify), _Inputs(None, calibration)
+        net = adapt(model, plan, example_inputs=example_inputs, calibration=calibration, verify=verify)
+        inputs = _Inputs(None, calibration)
     return _rewrite_adapted(net, plan, inputs, verify, say)
 
 

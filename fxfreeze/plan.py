@@ -952,6 +952,108 @@ class Replace(Step):
     )
 
 
+class Prune(Step):
+    """Weights that are zero: W ← mask ⊙ W, after everything else that changes W.
+
+    Which ones is said by a file of masks (``method="mask"``), or chosen when the plan is adapted:
+
+    * magnitude: the largest |w| stay
+    * nm: the n largest |w| of every m consecutive inputs of a row stay
+    * block: the tiles of the weight, as a matrix [out, in · kernel], with the largest root mean square stay
+
+    The masks are fixed from then on: adapters train under them, and files of adapters keep them. Several steps may
+    prune different layers, or one layer further than the step before.
+    """
+
+    kind: Literal["prune"] = Field(default="prune", description="Weights that are zero.", kw_only=True)
+    at: Patterns = Field(
+        default="*",
+        description="Glob or globs over module paths, such as 'layer*.conv1'. Each must match a module. Default: "
+        "whatever can be pruned.",
+    )
+    mask: Weights | None = Field(
+        default=None,
+        description="Path of a file of masks, relative to the plan's folder: safetensors, or the .pt or .pth of "
+        "open_lth. It names parameters as the model does, one tensor of 0 and 1 each; those it lacks stay dense.",
+    )
+    method: Literal["mask", "magnitude", "nm", "block"] = Field(
+        default="mask", description="A file says what stays, or how it is chosen."
+    )
+    density: Number | None = Field(default=None, description="Share of the weights that stays, > 0 and ≤ 1.")
+    scope: Literal["global", "layer"] = Field(
+        default="global",
+        description="Compare everything the step matches, so that some layers keep more than others; or keep the same "
+        "share of every layer.",
+    )
+    n: Count = Field(default=2, description="How many of m inputs stay.")
+    m: Count = Field(default=4, description="How many consecutive inputs compete.")
+    block: tuple[Count, Count] = Field(
+        default=(64, 64), description="Rows and columns of a tile; tiles at the right and lower edge may be smaller."
+    )
+    exclude: Patterns | None = Field(
+        default=None, description="Glob or globs over module paths to leave alone. Each must match a module."
+    )
+    train: Flag = Field(
+        default=False,
+        description="Train the weights that stay, from the model's on; pruned ones stay zero whatever the optimizer "
+        "does.",
+    )
+    weights: Weights | None = Field(
+        default=None,
+        description="Path of a safetensors file with the masks, and the trained weights, that an adapted module of "
+        "this plan saved, relative to the plan's folder.",
+    )
+
+    if TYPE_CHECKING:  # the runtime takes lists too; see record.py
+
+        def __init__(
+            self,
+            at: Patterns = "*",
+            mask: str | os.PathLike[str] | None = None,
+            method: str = "mask",
+            density: float | None = None,
+            scope: str = "global",
+            n: int = 2,
+            m: int = 4,
+            block: Sequence[int] = (64, 64),
+            exclude: Patterns | None = None,
+            train: bool = False,
+            weights: str | os.PathLike[str] | None = None,
+            *,
+            name: str = "",
+        ) -> None: ...
+
+    @property
+    def excluded(self) -> tuple[str, ...]:
+        """`exclude` as a tuple."""
+        given = self.exclude if self.exclude is not None else ()
+        return (given,) if isinstance(given, str) else tuple(given)
+
+    def _problems(self) -> Iterator[Problem]:
+        for key, methods in _PRUNES_BY.items():
+            if self.method not in methods and getattr(self, key) != type(self).model_fields[key].default:
+                yield key, f"has a meaning with method={' or '.join(map(repr, methods))} only"
+        if self.density is not None and not 0 < self.density <= 1:
+            yield "density", f"must be > 0 and ≤ 1, got {self.density!r}"
+        if self.method == "mask" and self.mask is None:
+            yield "mask", "must name a file of masks, unless method is 'magnitude', 'nm' or 'block'"
+        if self.method in ("magnitude", "block") and self.density is None:
+            yield "density", f"missing, but required for method={self.method!r}"
+        if self.method == "nm" and self.n >= self.m:
+            yield "n", f"must be < m ({self.m}), got {self.n}"
+
+
+_PRUNES_BY: dict[str, tuple[str, ...]] = {
+    "mask": ("mask",),
+    "density": ("magnitude", "block"),
+    "scope": ("magnitude", "block"),
+    "n": ("nm",),
+    "m": ("nm",),
+    "block": ("block",),
+}
+"""Fields of :class:`Prune` → the methods with which they mean something."""
+
+
 STEPS: tuple[type[Step], ...] = (
     LoRA,
     DoRA,
@@ -971,6 +1073,7 @@ STEPS: tuple[type[Step], ...] = (
     VeRA,
     OFT,
     Replace,
+    Prune,
 )
 """Every step a plan can hold. A new step class is added here and nowhere else."""
 
@@ -1036,8 +1139,8 @@ class Plan(Record):
         default=(),
         description="What to do to the model. The order of kinds is the compiler's: Replace, Prompt, Prefix, Tversky, "
         "LoRA with adapters, then LoRA, DoRA, IA3, VeRA and OFT, then Splice and the other steps that graft a module, "
-        "heads last, then Gate, Tap. Within such a group steps at one module apply in this order, but what is grafted "
-        "at inner modules comes before what is grafted at outer ones.",
+        "heads last, then Gate, Prune, Tap. Within such a group steps at one module apply in this order, but what is "
+        "grafted at inner modules comes before what is grafted at outer ones.",
     )
     targets: tuple[Target, ...] = Field(
         default=("torch",),
@@ -1152,15 +1255,15 @@ class Plan(Record):
     def load(cls, path: str | os.PathLike[str]) -> Plan:
         """Read a `.toml` or `.json` file.
 
-        Relative `weights` in a file are relative to that file's folder; in the loaded plan they are absolute,
-        so that the plan keeps its meaning wherever the process goes. `save` undoes this.
+        Relative `weights` (and a `mask`) in a file are relative to that file's folder; in the loaded plan they are
+        absolute, so that the plan keeps its meaning wherever the process goes. `save` undoes this.
         Raises PlanError with the file's name, and for broken syntax the line.
         """
         file = Path(path)
         data = _read(file)
         for step in data.get("steps", ()) if isinstance(data.get("steps"), list) else ():
-            if isinstance(step, dict) and "weights" in step:
-                step["weights"] = _each(lambda path: _absolute(path, file.parent), step["weights"])
+            for key in _FILES & step.keys() if isinstance(step, dict) else ():
+                step[key] = _each(lambda path: _absolute(path, file.parent), step[key])
         try:
             return cls.model_validate(data)
         except PlanError as error:
@@ -1188,14 +1291,18 @@ class Plan(Record):
                 )  # fmt: skip
         data = self.to_dict()
         for step in data["steps"]:
-            if "weights" in step:
-                step["weights"] = _each(lambda path: _portable(path, file.parent), step["weights"])
+            for key in _FILES & step.keys():
+                step[key] = _each(lambda path: _portable(path, file.parent), step[key])
         _write(file, data)
 
     @classmethod
     def json_schema(cls) -> dict[str, Any]:
         """The JSON schema (draft 2020-12) of plan files, for editors and validators."""
         return {"$schema": "https://json-schema.org/draft/2020-12/schema", **cls.model_json_schema()}
+
+
+_FILES = frozenset({"weights", "mask"})
+"""Keys of steps that name files."""
 
 
 def _key(step: Step) -> str:

@@ -11,6 +11,7 @@ from .adapt.delta import InsertDelta
 from .adapt.gate import InsertGates
 from .adapt.prefix import InsertPrefix
 from .adapt.prompt import InsertPrompt
+from .adapt.prune import InsertMasks
 from .adapt.selected import InsertSelected
 from .adapt.splice import InsertSplice
 from .adapt.tap import InsertTaps
@@ -31,6 +32,7 @@ from .fold.row_constants import DropRowConstants
 from .fold.selected import FoldSelected
 from .fold.tversky import FoldTversky
 from .freeze.harden import Harden
+from .freeze.masks import FoldMasks
 from .fuse.gated_linear import FuseGatedLinear
 from .fuse.parallel import MergeParallel
 from .fuse.selected import SelectForm
@@ -60,10 +62,12 @@ PIPELINE: tuple[Pass, ...] = (
     InsertDelta(),
     InsertSplice(),
     InsertGates(),
+    InsertMasks(),
     InsertTaps(),
     # freeze: what only trains
     StripLateNoOps(),
     Harden(),
+    FoldMasks(),
     # fold: one operator where the model, or an adapter, has several; in float64
     FoldDelta(),
     FoldSelected(),

@@ -6,15 +6,17 @@ The parameter `lora_A` of the step `lora` at `layer1.0.conv1` is the constant ``
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from fnmatch import fnmatchcase
 
+import torch
 from torch import Tensor
 
-from fxfreeze.plan import IA3, OFT, DoRA, Gate, Head, LoRA, Prefix, Prompt, Splice, Step, Tap, Tversky, VeRA
-from fxfreeze.program import ADAPTERS, SETTINGS
+from fxfreeze.plan import IA3, OFT, DoRA, Gate, Head, LoRA, Prefix, Prompt, Prune, Splice, Step, Tap, Tversky, VeRA
+from fxfreeze.program import ADAPTERS, FROZEN, SETTINGS
 from fxfreeze.rotations import FLOOR, rotated, rotations
 
-from ._operators import WeightOperator
+from ._operators import WeightOperator, apply
 
 # What `Origin.primitive` says of a node: …
 BASE = "BASE"
@@ -31,9 +33,17 @@ SPLICE = "SPLICE"
 """… part of a module that was grafted,"""
 TOKENS = "TOKENS"
 """… the parameters of trained tokens: what is computed of them hangs on constants alone, and folds as others do."""
+MASK = "MASK"
+"""… a mask of a parameter that no other step changes."""
 
 DeltaStep = LoRA | DoRA | IA3 | VeRA | OFT
 """Steps that change the weight of one operator."""
+
+WeightStep = DeltaStep | Prune
+"""Those, and the one that says which entries of what they made are zero; it comes last at its site."""
+
+MASKED = "_mask"
+"""What the name of a mask ends with, behind the name of the parameter."""
 
 NORM_FLOOR = FLOOR
 """DoRA divides by a norm no smaller than this: a row of zeros (a pruned output, say) stays a row of zeros."""
@@ -41,12 +51,32 @@ NORM_FLOOR = FLOOR
 
 def parameter_name(step: Step, site: str, leaf: str) -> str:
     """Name of an adapter parameter in the program's state."""
-    return f"{ADAPTERS}{step.name}.{site}.{leaf}"
+    return ADAPTERS + ".".join(filter(None, (step.name, site, leaf)))
+
+
+def mask_name(step: Prune, site: str, leaf: str) -> str:
+    """Name of the mask of a parameter in the program's state."""
+    return FROZEN + ".".join(filter(None, (step.name, site, leaf + MASKED)))
 
 
 def split_name(name: str) -> tuple[str, str]:
     """The step and the leaf of the name of a parameter, or of what all sites of a step share."""
-    return name.removeprefix(ADAPTERS).removeprefix(SETTINGS).partition(".")[0], name.rpartition(".")[2]
+    for prefix in (ADAPTERS, SETTINGS, FROZEN):
+        name = name.removeprefix(prefix)
+    return name.partition(".")[0], name.rpartition(".")[2]
+
+
+def prunes(step: Prune, path: str) -> bool:
+    """Whether `step` names the module at `path`, and excludes neither it nor one around it."""
+    parts = path.split(".")
+    around = [".".join(parts[:depth]) for depth in range(1, len(parts) + 1)]
+    excluded = any(fnmatchcase(outer, glob) for outer in around for glob in step.excluded)
+    return not excluded and any(fnmatchcase(path, glob) for glob in step.patterns)
+
+
+def is_pruned(steps: Iterable[Step], path: str) -> bool:
+    """Whether the weight at `path` may get a mask, so that it must be one tensor in the graph."""
+    return any(isinstance(step, Prune) and prunes(step, path) for step in steps)
 
 
 def describe(step: Step) -> str:
@@ -73,18 +103,39 @@ def describe(step: Step) -> str:
             f"a prompt of {step.tokens} vectors" if isinstance(step, Prompt) else f"a prefix of {step.tokens} tokens"
         )
         return words + (f", hidden {step.hidden}" if isinstance(step, Prefix) and step.hidden else "")
+    if isinstance(step, Prune):
+        return _pruning(step) + (", the others train" if step.train else "")
     return f"IA3 on the {step.side}put" if isinstance(step, IA3) else type(step).__name__
 
 
+def _pruning(step: Prune) -> str:
+    if step.method == "mask":
+        return f"prune by {step.mask}"
+    if step.method == "nm":
+        return f"prune to {step.n}:{step.m}"
+    share = f"{100 * float(step.density or 0):.4g}% of "
+    each = " of every layer" if step.scope == "layer" else ""
+    tile = f"tiles of {step.block[0]}×{step.block[1]}" if step.method == "block" else "weights"
+    return f"prune to {share}the {tile}{each}"
+
+
+def masked(value: Tensor, mask: Tensor) -> Tensor:
+    """Zero where `mask` is False, whatever `value` holds there."""
+    return torch.where(mask, value, 0.0)
+
+
 def changed(
-    step: DeltaStep, operator: WeightOperator, weight: Tensor, bias: Tensor | None, values: Mapping[str, Tensor]
+    step: WeightStep, operator: WeightOperator, weight: Tensor, bias: Tensor | None, values: Mapping[str, Tensor]
 ) -> tuple[Tensor, Tensor | None]:
     """What `step` makes of a layer: the canonical weight ``[out, in / groups, *kernel]`` and the bias after it.
 
     Args:
-        values: the step's parameters by leaf name, in the dtype of `weight`.
+        values: the step's parameters by leaf name, in the dtype of `weight`; masks are bools, in the stored layout.
     """
     rows, bias = operator.per_row(), None if bias is None else changed_bias(step, bias, values)
+    if isinstance(step, Prune):
+        mask = values.get(f"weight{MASKED}")
+        return weight if mask is None else masked(weight, apply(operator.to_canonical(), mask)), bias
     if isinstance(step, IA3):
         gain = values["ia3"]
         if step.side == "out":
@@ -106,8 +157,10 @@ def changed(
     return weight, bias
 
 
-def changed_bias(step: DeltaStep, bias: Tensor, values: Mapping[str, Tensor]) -> Tensor:
+def changed_bias(step: WeightStep, bias: Tensor, values: Mapping[str, Tensor]) -> Tensor:
     """What `step` makes of a layer's bias."""
+    if isinstance(step, Prune):
+        return masked(bias, values[f"bias{MASKED}"]) if f"bias{MASKED}" in values else bias
     if isinstance(step, IA3) and step.side == "out":
         return bias * values["ia3"]
     return bias + step.scale * values["lora_bias"] if isinstance(step, LoRA) and step.bias else bias

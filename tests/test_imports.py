@@ -73,7 +73,7 @@ TABLE: dict[str, str] = {
     "firing": "kernels program",
     "locks": "",
     "artifact": "banks binding emit firing locks lower parity plan program report sampling serialize weights _version",
-    "adapt": "binding capture margin passes pipeline plan program proof rewrite weights",
+    "adapt": "binding calibration capture margin passes pipeline plan program proof rewrite weights",
     "merging": "pass rewrite",
     "nn": "kernels",
     "api": "adapt artifact binding calibration capture emit lower parity passes pipeline plan program proof report "

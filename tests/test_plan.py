@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fxfreeze.errors import FxfreezeError, PlanError
-from fxfreeze.plan import IA3, STEPS, VERSION, Dim, DoRA, Gate, Input, LoRA, Plan, Splice, Step
+from fxfreeze.plan import IA3, STEPS, VERSION, Dim, DoRA, Gate, Input, LoRA, Plan, Prune, Splice, Step
 
 KINDS = ", ".join(str(step.model_fields["kind"].default) for step in STEPS)
 IMAGE = {"name": "x", "shape": ["batch", 3]}
@@ -194,6 +194,29 @@ def test_edges_that_are_fine() -> None:
         ({"steps": [{"kind": "oft", "at": "a", "block_size": 2, "eps": 0}]}, "steps[0].eps: must be > 0, got 0"),
         ({"steps": [{"kind": "vera", "at": "a", "rank": 2, "seed": -1}]}, "steps[0].seed: must be ≥ 0, got -1"),
         ({"steps": [{"kind": "replace", "at": "a"}]}, "steps[0].weights: missing, but required"),
+        ({"steps": [{"kind": "prune"}]},
+         "steps[0].mask: must name a file of masks, unless method is 'magnitude', 'nm' or 'block'"),
+        ({"steps": [{"kind": "prune", "mask": ""}]}, "steps[0].mask: must be the path of a file, got ''"),
+        ({"steps": [{"kind": "prune", "mask": "m", "method": "nm"}]},
+         "steps[0].mask: has a meaning with method='mask' only"),
+        ({"steps": [{"kind": "prune", "method": "magnitude"}]},
+         "steps[0].density: missing, but required for method='magnitude'"),
+        ({"steps": [{"kind": "prune", "method": "block", "density": 0}]},
+         "steps[0].density: must be > 0 and ≤ 1, got 0"),
+        ({"steps": [{"kind": "prune", "method": "block", "density": 1.5}]},
+         "steps[0].density: must be > 0 and ≤ 1, got 1.5"),
+        ({"steps": [{"kind": "prune", "method": "nm", "density": 0.5}]},
+         "steps[0].density: has a meaning with method='magnitude' or 'block' only"),
+        ({"steps": [{"kind": "prune", "method": "nm", "n": 4}]}, "steps[0].n: must be < m (4), got 4"),
+        ({"steps": [{"kind": "prune", "method": "nm", "m": 0}]}, "steps[0].m: must be ≥ 1, got 0"),
+        ({"steps": [{"kind": "prune", "method": "block", "density": 0.5, "block": [4, 0]}]},
+         "steps[0].block[1]: must be ≥ 1, got 0"),
+        ({"steps": [{"kind": "prune", "method": "block", "density": 0.5, "block": 4}]},
+         "steps[0].block: must be a list, got 4"),
+        ({"steps": [{"kind": "prune", "method": "nm", "exclude": []}]},
+         "steps[0].exclude: must be a glob over module paths, or a list of them, got []"),
+        ({"steps": [{"kind": "prune", "method": "nm", "train": 1}]},
+         "steps[0].train: must be a valid boolean, got 1"),
         ({"steps": [{"kind": "lora", "at": "a", "rank": 1, "adapters": 2, "weights": ["a", ""]}]},
          "steps[0].weights: must be the path of a file, got ''"),
         ({"steps": [{"kind": "lora", "at": "a", "rank": 1, "adapters": 0}]},
@@ -349,6 +372,8 @@ FULL = Plan(
         LoRA("layer*", 4, alpha=8.5, weights="/somewhere/else/lora.safetensors"),
         DoRA(["a", "b[0-9]"], 2, rslora=True, name="second"),
         IA3("fc", side="in"),
+        Prune(["a", "b"], method="block", density=0.5, block=[32, 8], exclude="fc", train=True),
+        Prune(mask="/somewhere/else/ticket.pth"),
     ],
     targets=["torch", "aoti", "onnx"],
     outputs=["logits", 'quoted "name" \\ with\ttab and ü'],
@@ -361,7 +386,7 @@ def test_round_trip(tmp_path: Path, suffix: str) -> None:
     FULL.save(tmp_path / f"plan{suffix}")
     loaded = Plan.load(tmp_path / f"plan{suffix}")
     assert loaded == FULL
-    assert [type(step) for step in loaded.steps] == [LoRA, DoRA, IA3]
+    assert [type(step) for step in loaded.steps] == [LoRA, DoRA, IA3, Prune, Prune]
     assert os.listdir(tmp_path) == [f"plan{suffix}"]
     loaded.save(tmp_path / f"again{suffix}")
     assert (tmp_path / f"again{suffix}").read_bytes() == (tmp_path / f"plan{suffix}").read_bytes()

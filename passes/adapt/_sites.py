@@ -273,7 +273,7 @@ def find_sites(program: Program) -> Sites:
         operator = weight_operator(node)
         problem = operator if isinstance(operator, NoMatch) else constant_problem(program, operator)
         if isinstance(operator, WeightOperator) and problem is None:
-            sites.operators.setdefault(_owner(program, operator), []).append(operator)
+            sites.operators.setdefault(owner(program, node, str(operator.weight.target)), []).append(operator)
         elif problem is not None and FORMS[node.target].kind != "matmul":  # which also multiplies activations
             sites.refused.setdefault(program.module_path(node), f"runs {node.target}, but {problem.reason}")
     for path, operators in list(sites.operators.items()):
@@ -319,9 +319,10 @@ def resolve(sites: Offers, step: Step, index: int) -> tuple[list[str], dict[str,
     return taken, refused
 
 
-def _owner(program: Program, operator: WeightOperator) -> str:
-    ran, owner = program.module_path(operator.node), str(operator.weight.target).rpartition(".")[0]
-    return owner if not ran or owner.startswith(f"{ran}.") else ran
+def owner(program: Program, node: Node, weight: str) -> str:
+    """The path that an operator with the constant `weight` belongs to; see the module docstring."""
+    ran, home = program.module_path(node), weight.rpartition(".")[0]
+    return home if not ran or home.startswith(f"{ran}.") else ran
 
 
 def _below(path: str, paths: Iterable[str]) -> list[str]:

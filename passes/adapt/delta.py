@@ -27,6 +27,7 @@ from .._adapters import (
     blocks,
     changed,
     describe,
+    is_pruned,
     misfit,
     parameter_name,
     projections,
@@ -55,7 +56,8 @@ class InsertDelta(Pass):
 
     While it trains, a LoRA or VeRA is a low-rank branch beside its operator, which costs little, and an IA3 or OFT acts
     on its operand or result. Up to the last DoRA of a site, LoRA on a grouped or transposed convolution, or VeRA or OFT
-    on any convolution, the changed weight itself is computed in the graph. Half-precision layers compute their adapters
+    on any convolution, the changed weight itself is computed in the graph, and so it is wherever a Prune step may put a
+    mask on it. Half-precision layers compute their adapters
     in float32. A convolution's branch reads what the convolution reads, padding included: with
     ``padding_mode="reflect"`` that is the reflected image. (peft's branch pads with zeros there, ignores dilation and
     mixes groups: weights that it trained so are refused.)
@@ -120,7 +122,7 @@ class InsertDelta(Pass):
             # Read again: an insertion upstream has changed its input.
             current = weight_operator(operator.node)
             assert isinstance(current, WeightOperator)
-            _Site(program, path, call, current, steps, values).insert()
+            _Site(program, path, call, current, steps, values, whole=is_pruned(ctx.plan.steps, path)).insert()
         for step in steps:
             state = f"weights from {step.weights}" if step.weights else "untrained: the identity"
             times = f", in {len(operators)} calls" if len(operators) > 1 else ""
@@ -187,16 +189,18 @@ class _Site:
 
     Attributes:
         values: nodes of the parameters, by step and leaf name.
+        whole: all steps are worked into the weight.
         in_weight: how many of the steps, from the first, are worked into the weight itself.
     """
 
     def __init__(
         self, program: Program, path: str, call: int, operator: WeightOperator, steps: list[DeltaStep],
-        values: dict[str, dict[str, Node]],
+        values: dict[str, dict[str, Node]], whole: bool = False,
     ) -> None:  # fmt: skip
         self.program, self.path, self.call = program, path, call
         self.operator, self.steps, self.values = operator, steps, values
-        self.in_weight = max((i for i, step in enumerate(steps, 1) if self._needs_weight(step)), default=0)
+        needing = [i for i, step in enumerate(steps, 1) if whole or self._needs_weight(step)]
+        self.in_weight = max(needing, default=0)
         self.before, self.dtype = operator.node.next, operator.node.meta["val"].dtype
         self.mine = {operator.node}
 

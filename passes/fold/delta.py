@@ -1,4 +1,4 @@
-"""Fold LoRA, DoRA, IA3, VeRA and OFT into the weight and bias of the operator they change."""
+"""Fold LoRA, DoRA, IA3, VeRA and OFT, and masks behind them, into the weight and bias of the operator they change."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from torch.fx import Node
 
 from fxfreeze.constants import Recipe
 from fxfreeze.errors import PassError
+from fxfreeze.plan import Prune
 from fxfreeze.program import Fold, Origin, Program
 from fxfreeze.rewrite import Context, NoMatch, Outcome, Pass, fail
 
-from .._adapters import BASE, DELTA, DeltaStep, changed, describe, split_name
+from .._adapters import BASE, DELTA, WeightStep, changed, describe, split_name
 from .._operators import WeightOperator, apply, weight_operator
 
 MAX_LOSS = 0.5
@@ -84,7 +85,7 @@ class FoldDelta(Pass):
         return len(regions)
 
     def _constants(
-        self, program: Program, path: str, region: Region, steps: list[DeltaStep], inside: set[Node]
+        self, program: Program, path: str, region: Region, steps: list[WeightStep], inside: set[Node]
     ) -> tuple[Node, Node | None, str]:
         """Constants with what `steps` make of the weight and bias at `path`, and what the ledger should say of them."""
         operator = region.operator
@@ -100,13 +101,19 @@ class FoldDelta(Pass):
         shared = _other_readers(program, operator.weight, inside)
         recipe = base.then(lambda given: self.effective(operator, steps, values, given, None)[0])
         new = _replaced(program, operator.weight, recipe, region, path, inside)
+        # What a mask takes away would hide what rounding takes of the adapters: it counts as part of the base.
+        masks: list[WeightStep] = [step for step in steps if isinstance(step, Prune)]
+        if masks:
+            old = self.effective(operator, masks, values, old, None)[0]
+            base = base.then(lambda given: self.effective(operator, masks, values, given, None)[0])
         if _is_more_than_rounding(weight, old):
-            program.folds[str(new.target)] = Fold(", ".join(step.name for step in steps), path, base, MAX_LOSS)
+            adapters = ", ".join(step.name for step in steps if step not in masks)
+            program.folds[str(new.target)] = Fold(adapters, path, base, MAX_LOSS)
         detail = f"a copy of {operator.weight.target}, which {', '.join(shared)} reads unchanged" if shared else ""
         return new, bias, detail
 
     def effective(
-        self, operator: WeightOperator, steps: list[DeltaStep], values: Mapping[str, Mapping[str, Tensor]],
+        self, operator: WeightOperator, steps: list[WeightStep], values: Mapping[str, Mapping[str, Tensor]],
         weight: Tensor, bias: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         """Weight, in its stored layout, and bias after all `steps`, from those before them; all in float64."""
@@ -116,7 +123,7 @@ class FoldDelta(Pass):
         return apply(operator.from_canonical(), weight).contiguous(), bias
 
     def change(
-        self, step: DeltaStep, operator: WeightOperator, weight: Tensor, bias: Tensor | None,
+        self, step: WeightStep, operator: WeightOperator, weight: Tensor, bias: Tensor | None,
         values: Mapping[str, Tensor],
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         """One step; its own method so that tests can break it and see the proof object."""
@@ -167,22 +174,23 @@ def _source(operand: Node | None, inside: set[Node]) -> Node | None:
     return next(iter(found)) if len(found) == 1 and next(iter(found)).op == "get_attr" else None
 
 
-def _steps(ctx: Context, calls: list[list[Node]]) -> list[DeltaStep]:
-    """The steps behind some nodes, in plan order.
+def _steps(ctx: Context, calls: list[list[Node]]) -> list[WeightStep]:
+    """The steps behind some nodes, in plan order, masks last.
 
     Raises:
         PassError: one of them is not in the plan.
     """
     names = {split_name(str(item.target))[0] for nodes in calls for node in nodes for item in node.all_input_nodes
              if item.op == "get_attr" and "fxfreeze" in item.meta}  # fmt: skip
-    steps = [step for step in ctx.plan.steps if isinstance(step, DeltaStep) and step.name in names]
+    steps = [step for step in ctx.plan.steps if isinstance(step, WeightStep) and step.name in names]
+    steps.sort(key=lambda step: isinstance(step, Prune))
     if missing := names - {step.name for step in steps}:
         raise PassError(f"the program holds adapters of steps the plan does not have: {', '.join(sorted(missing))}")
     return steps
 
 
 def _report(
-    ctx: Context, path: str, steps: list[DeltaStep], outcome: Outcome, executes: str = "", detail: str = ""
+    ctx: Context, path: str, steps: list[WeightStep], outcome: Outcome, executes: str = "", detail: str = ""
 ) -> None:
     for step in steps:
         ctx.ledger.add(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,6 +15,7 @@ from fxfreeze.plan import Gate
 from fxfreeze.program import Origin, Program
 from fxfreeze.rewrite import Context, Pass
 
+from .._measured import OutputTallies, Tally
 from .._operators import arguments
 
 _OPERANDS = ("h", "threshold", "gain", "temperature", "mode")
@@ -58,65 +58,26 @@ def _harden(gate: Node) -> None:
     gate.kwargs = {"score": given["score"], "dim": given["dim"]}
 
 
-def _same(hard: Tensor, soft: Tensor) -> Tensor:
-    """Which predictions stay, of what looks like scores of classes, or is a prediction itself; else nothing."""
-    if not soft.is_floating_point():
-        return hard == soft
-    return hard.argmax(-1) == soft.argmax(-1) if soft.ndim > 1 and soft.shape[-1] > 1 else soft.new_empty(0)
-
-
-@dataclass
-class _Tally:
-    """Sums over the calibration data."""
-
-    gap: float = 0.0
-    size: float = 0.0
-    hits: int = 0
-    count: int = 0
-
-    def add(self, hard: Tensor, soft: Tensor, hits: Tensor) -> None:
-        self.gap += float((hard.double() - soft.double()).square().sum())
-        self.size += float(soft.double().square().sum())
-        self.hits += int(hits.sum())
-        self.count += hits.numel()
-
-    @property
-    def words(self) -> str:
-        if self.gap == 0:
-            return "no gap"
-        ratio = math.sqrt(self.gap / self.size) if self.size else math.inf
-        return f"relative gap {ratio:.2g} ({-20 * math.log10(ratio):.0f} dB)" if self.size else "relative gap ∞"
-
-
 @dataclass
 class _Measurement:
     soft: Program
     hard: Program
     twins: Sequence[Node]
     gates: Sequence[Node]
-    sites: list[_Tally] = field(default_factory=list)
+    sites: list[Tally] = field(default_factory=list)
 
     def report(self, ctx: Context) -> None:
-        self.sites = [_Tally() for _ in self.gates]
-        outputs = [_Tally() for _ in self.soft.outputs]
-        rows = 0
+        self.sites = [Tally() for _ in self.gates]
+        outputs = OutputTallies(self.soft.outputs)
         with torch.no_grad():
             for inputs in ctx.calibration.of(self.hard):
-                rows += len(inputs[0]) if inputs[0].ndim else 1
                 before, after = self._watched(inputs), self.hard.run(*inputs)
-                for tally, hard, soft in zip(outputs, after, before, strict=True):
-                    tally.add(hard, soft, _same(hard, soft))
-        basis = f"on {rows} rows of {ctx.calibration.source}"
+                outputs.add(inputs, after, before)
         for gate, tally in zip(self.gates, self.sites, strict=True):
-            self._site(ctx, gate, tally, basis)
-        for name, tally in zip(self.soft.outputs, outputs, strict=True):
-            stay = f"; {tally.hits / tally.count:.2%} of predictions stay" if tally.count else ""
-            ctx.ledger.add(
-                site="", step="", requested=f"hard gates, seen in {name!r}", outcome="measured",
-                detail=f"{tally.words}{stay}; {basis}",
-            )  # fmt: skip
+            self._site(ctx, gate, tally, outputs.basis(ctx))
+        outputs.report(ctx, "hard gates")
 
-    def _site(self, ctx: Context, gate: Node, tally: _Tally, basis: str) -> None:
+    def _site(self, ctx: Context, gate: Node, tally: Tally, basis: str) -> None:
         origin = gate.meta.get("fxfreeze")
         step, site = (origin.step, origin.site) if isinstance(origin, Origin) else ("", self.hard.module_path(gate))
         share = tally.hits / max(tally.count, 1)
