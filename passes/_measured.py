@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node, map_arg
 
+from fxfreeze.masks import density
 from fxfreeze.program import Program
 from fxfreeze.rewrite import Context
 
@@ -39,11 +40,13 @@ class Tally:
         return f"relative gap {ratio:.2g} ({-20 * math.log10(ratio):.0f} dB)" if self.size else "relative gap ∞"
 
 
-def pruned_words(name: str, weight: Tensor, mask: Tensor) -> str:
-    """How much of a weight a mask leaves."""
+def pruned_words(weight: Tensor | None, mask: Tensor) -> str:
+    """How much a mask leaves, and what that does to a weight, where there is one to look at."""
+    if weight is None:
+        return f"density {density({'': mask}):.2%}"
     tally = Tally()
     tally.add(torch.where(mask, weight, 0.0), weight, mask)
-    return f"{name}: density {tally.hits / max(tally.count, 1):.2%}, {tally.words}"
+    return f"density {tally.hits / max(tally.count, 1):.2%}, {tally.words}"
 
 
 @torch.no_grad()

@@ -179,8 +179,9 @@ class _Pruning:
             place.readers[number] = reader, new
         share = density({name: mask})
         self._tell(place.path, "rewritten", f"density {share:.2%} of {place.key}", "mask ⊙ weight")
-        if step.train and weight is not None:
-            self._tell(place.path, "measured", f"{pruned_words(place.key, weight, mask)} before it trains")
+        if step.train:
+            words = f"{pruned_words(weight, mask)} before it trains"
+            self._tell(place.path, "measured", words, requested=f"mask of {place.key}")
         return len(place.readers)
 
     def _origin(self, place: Place, reader: Node) -> Origin:
@@ -236,9 +237,9 @@ class _Pruning:
     def _device(self, place: Place) -> torch.device:
         return self.program.state.tensor(str(place.constant.target)).device
 
-    def _tell(self, path: str, outcome: str, detail: str, executes: str = "") -> None:
+    def _tell(self, path: str, outcome: str, detail: str, executes: str = "", requested: str = "") -> None:
         self.ctx.ledger.add(
-            site=path, step=self.step.name, requested=describe(self.step), outcome=outcome,  # type: ignore[arg-type]
+            site=path, step=self.step.name, requested=requested or describe(self.step), outcome=outcome,  # type: ignore[arg-type]
             executes=executes, detail=detail,
         )  # fmt: skip
 

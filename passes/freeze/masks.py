@@ -7,7 +7,6 @@ from torch import Tensor
 from torch.fx import Node
 
 from fxfreeze.constants import Recipe
-from fxfreeze.masks import density
 from fxfreeze.plan import Prune
 from fxfreeze.program import FROZEN, Origin, Program
 from fxfreeze.rewrite import Context, Pass
@@ -88,10 +87,9 @@ def _measure(program: Program, ctx: Context, groups: list[tuple[Prune, list[Node
         assert isinstance(mask, Node) and isinstance(value, Node)
         stays, weight = program.state[str(mask.target)], constant_value(program, value)
         name = str(mask.target).removeprefix(f"{FROZEN}{step.name}.").removesuffix(MASKED)
-        words = f"{name}: density {density({name: stays}):.2%}" if weight is None else pruned_words(name, weight, stays)
         ctx.ledger.add(
-            site=nodes[0].meta["fxfreeze"].site, step=step.name, requested=describe(step), outcome="measured",
-            detail=words,
+            site=nodes[0].meta["fxfreeze"].site, step=step.name, requested=f"mask of {name}", outcome="measured",
+            detail=pruned_words(weight, stays),
         )  # fmt: skip
     whole, names = program.clone(), {node.name for _, nodes in groups for node in nodes}
     for node in [node for node in whole.graph.nodes if node.name in names]:

@@ -59,7 +59,7 @@ def test_what_masks_change_is_measured_on_the_calibration_data() -> None:
     for path in ("0", "2"):
         weight = whole.get_parameter(f"{path}.weight")
         gap = words(weight * masks(net)[f"{path}.weight"], weight)
-        assert found[path] == f"{path}.weight: density 25.00%, {gap}"
+        assert found[path] == f"density 25.00%, {gap}"
     assert not done.lossless or all(row.exact for row in done.passes if row.name == "fold-masks")
 
 
@@ -73,7 +73,7 @@ def test_what_a_mask_takes_of_a_merged_weight_is_measured() -> None:
     state = net.adapter_state()
     merged = model().get_parameter("0.weight") + state["adapters.lora.0.lora_B"] @ state["adapters.lora.0.lora_A"]
     expected = words(merged * masks(net)["0.weight"], merged)
-    assert measured(done.ledger)["0"] == f"0.weight: density 50.00%, {expected}"
+    assert measured(done.ledger)["0"] == f"density 50.00%, {expected}"
     assert measured(done.ledger)[""].endswith("on 64 rows of inputs drawn from the plan")
 
 
@@ -94,7 +94,7 @@ def test_an_adapted_module_says_what_the_masks_took_before_it_trains() -> None:
     assert len(rows) == 1 and rows[0].startswith(words(now, then)) and "on 30 rows of calibration data" in rows[0]
     weight = model().get_parameter("0.weight")
     gap = words(weight * masks(net)["0.weight"], weight)
-    assert any(row.detail == f"0.weight: density 50.00%, {gap} before it trains" for row in net.ledger)
+    assert any(row.detail == f"density 50.00%, {gap} before it trains" for row in net.ledger)
 
 
 class Inverted(FoldMasks):
