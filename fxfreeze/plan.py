@@ -1262,7 +1262,7 @@ class Plan(Record):
         file = Path(path)
         data = _read(file)
         for step in data.get("steps", ()) if isinstance(data.get("steps"), list) else ():
-            for key in _FILES & step.keys() if isinstance(step, dict) else ():
+            for key in _files(step) if isinstance(step, dict) else ():
                 step[key] = _each(lambda path: _absolute(path, file.parent), step[key])
         try:
             return cls.model_validate(data)
@@ -1291,7 +1291,7 @@ class Plan(Record):
                 )  # fmt: skip
         data = self.to_dict()
         for step in data["steps"]:
-            for key in _FILES & step.keys():
+            for key in _files(step):
                 step[key] = _each(lambda path: _portable(path, file.parent), step[key])
         _write(file, data)
 
@@ -1301,8 +1301,10 @@ class Plan(Record):
         return {"$schema": "https://json-schema.org/draft/2020-12/schema", **cls.model_json_schema()}
 
 
-_FILES = frozenset({"weights", "mask"})
-"""Keys of steps that name files."""
+def _files(step: Mapping[str, Any]) -> list[str]:
+    """Keys of a step that name files; the mask of a Splice is a module or an input."""
+    keys = ("weights", "mask") if step.get("kind") == "prune" else ("weights",)
+    return [key for key in keys if key in step]
 
 
 def _key(step: Step) -> str:

@@ -489,6 +489,14 @@ def test_weights_move_with_the_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert isinstance(moved, LoRA) and moved.weights == str(tmp_path / "there" / "sub" / "w.safetensors")
 
 
+def test_a_mask_is_a_file_in_prune_and_no_file_in_splice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    steps = [Prune(mask="sub/m.safetensors"), Splice("torch.nn:Identity", at="a", mask="is_image")]
+    Plan(inputs=[IMAGE], steps=steps).save("plan.toml")
+    prune, splice = Plan.load("plan.toml").steps
+    assert (prune.mask, splice.mask) == (str(tmp_path / "sub" / "m.safetensors"), "is_image")  # type: ignore[attr-defined]
+
+
 def test_absolute_weights_outside_the_folder_stay(tmp_path: Path) -> None:
     (tmp_path / "plans").mkdir()
     outside = str(tmp_path / "w.safetensors")
