@@ -37,15 +37,29 @@ def compress(weight: Tensor, depth: int, width: int) -> tuple[Tensor, Tensor, Te
     Returns:
         tiles [kept, depth, width], dtype of `weight`; crow [⌈out / width⌉ + 1] and col [kept], int32.
     """
-    grid = _grid(weight, depth, width)
-    kept = grid.ne(0).flatten(2).any(2)
+    kept = _kept(weight, depth, width)
     crow = pad(kept.sum(1).cumsum(0), (1, 0)).to(torch.int32)
-    return grid[kept].contiguous(), crow, kept.nonzero()[:, 1].to(torch.int32).contiguous()
+    col = kept.nonzero()[:, 1].to(torch.int32).contiguous()
+    return pick(weight, crow, col, depth, width), crow, col
 
 
 def filled(weight: Tensor, depth: int, width: int) -> Tensor:
     """How many tiles in each row of tiles hold anything else than zeros [⌈out / width⌉], int64."""
-    return _grid(weight, depth, width).ne(0).flatten(2).any(2).sum(1)
+    return _kept(weight, depth, width).sum(1)
+
+
+def pick(weight: Tensor, crow: Tensor, col: Tensor, depth: int, width: int) -> Tensor:
+    """Those tiles of a weight [out, in]: [kept, depth, width], contiguous."""
+    return _grid(weight, depth, width)[_row(crow, len(col)), col.long()].contiguous()
+
+
+def _kept(weight: Tensor, depth: int, width: int) -> Tensor:
+    return _grid(weight, depth, width).ne(0).flatten(2).any(2)
+
+
+def _row(crow: Tensor, count: int) -> Tensor:
+    """The row of each tile; in operators that ONNX has, too."""
+    return (torch.arange(count, device=crow.device).unsqueeze(1) >= crow[1:]).sum(1)
 
 
 def _grid(weight: Tensor, depth: int, width: int) -> Tensor:
@@ -57,11 +71,10 @@ def _grid(weight: Tensor, depth: int, width: int) -> Tensor:
 
 
 def dense(tiles: Tensor, crow: Tensor, col: Tensor, out_features: int, in_features: int) -> Tensor:
-    """W [out, in] again: plain torch that ONNX has, too."""
+    """W [out, in] again."""
     count, depth, width = tiles.shape
     rows, columns = len(crow) - 1, -(-in_features // depth)
-    row = (torch.arange(count, device=crow.device).unsqueeze(1) >= crow[1:]).sum(1)
-    grid = tiles.new_zeros(rows, columns, depth, width).index_put((row, col.long()), tiles)
+    grid = tiles.new_zeros(rows, columns, depth, width).index_put((_row(crow, count), col.long()), tiles)
     return grid.permute(0, 3, 1, 2).reshape(rows * width, columns * depth)[:out_features, :in_features]
 
 

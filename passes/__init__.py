@@ -33,9 +33,11 @@ from .fold.selected import FoldSelected
 from .fold.tversky import FoldTversky
 from .freeze.harden import Harden
 from .freeze.masks import FoldMasks
+from .fuse.block_sparse import BlockSparse
 from .fuse.gated_linear import FuseGatedLinear
 from .fuse.parallel import MergeParallel
 from .fuse.selected import SelectForm
+from .fuse.semi_structured import SemiStructured
 from .fuse.sparse_down import SparseDown
 from .lower.gates import InlineGates
 from .lower.merge import MergeConstants
@@ -83,6 +85,8 @@ PIPELINE: tuple[Pass, ...] = (
     # fuse: one call where a compiler sees several; what skips neurons looks for their gate, and so comes first; what is
     # in a stack is found by nobody
     SparseDown(),
+    BlockSparse(),
+    SemiStructured(),
     FuseGatedLinear(),
     MergeParallel(),
     SelectForm(),
