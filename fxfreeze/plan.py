@@ -939,6 +939,25 @@ class Prefix(Step):
     )
 
 
+class Factorize(Step):
+    """W ≈ U·V with U [out, rank] and V [rank, in]: two linear layers for one, if the predictions stay.
+
+    The best approximation of that rank (Eckart and Young 1936). It is lossy, and done only where it takes less memory
+    and arithmetic, and as many predictions as `agreement` says stay on the calibration data; elsewhere the ledger says
+    why not. The head of a classifier trained to neural collapse has rank classes − 1 (Papyan et al. 2020).
+    """
+
+    kind: Literal["factorize"] = Field(default="factorize", description="Two linear layers for one.", kw_only=True)
+    rank: Count | None = Field(default=None, description="Rank; default: the smallest that keeps the predictions.")
+    agreement: Number = Field(
+        default=0.999, description="Share of predictions on the calibration data that have to stay; in (0, 1]."
+    )
+
+    def _problems(self) -> Iterator[Problem]:
+        if not 0 < self.agreement <= 1:
+            yield "agreement", f"must be in (0, 1], got {self.agreement!r}"
+
+
 class Replace(Step):
     """Parameters of the matched modules, replaced by trained ones.
 
@@ -1074,6 +1093,7 @@ STEPS: tuple[type[Step], ...] = (
     OFT,
     Replace,
     Prune,
+    Factorize,
 )
 """Every step a plan can hold. A new step class is added here and nowhere else."""
 

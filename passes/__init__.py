@@ -44,6 +44,7 @@ from .lower.merge import MergeConstants
 from .lower.round import Round
 from .lower.selected import InlineSelected
 from .prune.dead_neurons import DeadNeurons
+from .prune.factorize import FactorizeLayers
 from .prune.unread_rows import UnreadRows
 
 PIPELINE: tuple[Pass, ...] = (
@@ -79,8 +80,10 @@ PIPELINE: tuple[Pass, ...] = (
     FoldGate(),
     FoldAffine(),
     FoldCodebook(),
-    # prune: what no input can reach, and what no output reads; rows last, as neurons are found by what follows gates
+    # prune: what no input can reach, what hardly adds to predictions, and what no output reads; rows last, as neurons
+    # are found by what follows gates
     DeadNeurons(),
+    FactorizeLayers(),
     UnreadRows(),
     # fuse: one call where a compiler sees several; what skips neurons looks for their gate, and so comes first; what is
     # in a stack is found by nobody

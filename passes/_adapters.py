@@ -12,7 +12,23 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor
 
-from fxfreeze.plan import IA3, OFT, DoRA, Gate, Head, LoRA, Prefix, Prompt, Prune, Splice, Step, Tap, Tversky, VeRA
+from fxfreeze.plan import (
+    IA3,
+    OFT,
+    DoRA,
+    Factorize,
+    Gate,
+    Head,
+    LoRA,
+    Prefix,
+    Prompt,
+    Prune,
+    Splice,
+    Step,
+    Tap,
+    Tversky,
+    VeRA,
+)
 from fxfreeze.program import ADAPTERS, FROZEN, SETTINGS
 from fxfreeze.rotations import FLOOR, rotated, rotations
 
@@ -98,6 +114,8 @@ def describe(step: Step) -> str:
         return f"{name} as a head" if isinstance(step, Head) else f"{name}: {step.how} {step.on}"
     if isinstance(step, Tap):
         return "tap while it trains"
+    if isinstance(step, Factorize):
+        return f"factors of {f'rank {step.rank}' if step.rank else 'the smallest rank'}, {step.agreement:.2%} agreement"
     if isinstance(step, Prompt | Prefix):
         words = (
             f"a prompt of {step.tokens} vectors" if isinstance(step, Prompt) else f"a prefix of {step.tokens} tokens"

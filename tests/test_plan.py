@@ -192,6 +192,15 @@ def test_edges_that_are_fine() -> None:
          "steps[0].weights: must be the path of a file, got ''"),
         ({"steps": [{"kind": "oft", "at": "a", "block_size": 1}]}, "steps[0].block_size: must be ≥ 2, got 1"),
         ({"steps": [{"kind": "oft", "at": "a", "block_size": 2, "eps": 0}]}, "steps[0].eps: must be > 0, got 0"),
+        ({"steps": [{"kind": "factorize", "at": "a", "agreement": 0}]}, "steps[0].agreement: must be in (0, 1], got 0"),
+        (
+            {"steps": [{"kind": "bayescap", "at": "a", "mask": "m"}]},
+            "steps[0].mask: has no meaning for new outputs, which have no value to keep",
+        ),
+        (
+            {"steps": [{"kind": "splice", "module": "a:B", "at": "a", "on": "weight", "mask": "m"}]},
+            "steps[0].mask: has no meaning for a parameter, which is the same at all positions",
+        ),
         ({"steps": [{"kind": "vera", "at": "a", "rank": 2, "seed": -1}]}, "steps[0].seed: must be ≥ 0, got -1"),
         ({"steps": [{"kind": "replace", "at": "a"}]}, "steps[0].weights: missing, but required"),
         ({"steps": [{"kind": "prune"}]},
