@@ -240,7 +240,9 @@ def test_a_folded_adapter_runs_the_code_of_the_bare_model():
     """So it costs nothing, whatever a clock on a busy machine says."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(288, 5)).eval()
-    inputs, steps = [fz.Input("image", shape=("batch", 3, 8, 8))], [fz.LoRA(at=["0", "4"], rank=2), fz.IA3(at="4")]
+    inputs = [fz.Input("image", shape=("batch", 3, 8, 8))]
+    layers = ["0", "4"]
+    steps = [fz.LoRA(at=layers, rank=2), fz.DoRA(at=layers, rank=2), fz.OFT(at="4", block_size=4), fz.IA3(at="4")]
     net = fz.adapt(model, fz.Plan(inputs, steps))
     with torch.no_grad():
         for parameter in net.parameters():
