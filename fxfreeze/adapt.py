@@ -63,8 +63,9 @@ def adapt(
         model: any nn.Module. It is captured in eval mode, shares its weights with the result, and is left as it was.
         plan: inputs, and the steps to insert; its targets do not matter yet.
         example_inputs: inputs the model accepts, when random ones would not do.
-        calibration: batches of inputs, each as `example_inputs`, for what is measured on data: what masks change before
-            weights train.
+        calibration: batches of inputs, each as `example_inputs`, for what is measured on data (what masks change before
+            weights train), and chosen by it: channels, by ``Prune(criterion="taylor")``. The loss that this
+            differentiates knows no labels: it is half the sum of the squares of all floating outputs.
         verify: how much to prove; see :func:`fxfreeze.compile`.
 
     Returns:

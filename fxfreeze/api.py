@@ -68,7 +68,8 @@ def compile(
         example_inputs: inputs the model accepts, where ones drawn from the plan would not do: a tensor, a tuple of
             positional inputs, or a dict by name. They are cropped or repeated along symbolic dims.
         calibration: batches of inputs, each as `example_inputs`, on which lossy steps (the hardening of gates, masks)
-            are measured. A DataLoader may be read more than once; a generator is read once and kept.
+            are measured, and channels are chosen. A DataLoader may be read more than once; a generator is read once and
+            kept.
         evaluate: scores a callable that is called like the model; run on the frozen model and on every target, and
             recorded in ``manifest["scores"]``.
         verify: "full" proves every exact pass in float64 on two draws of different sizes, "sampled" on one draw,

@@ -979,6 +979,8 @@ class Prune(Step):
     * magnitude: the largest |w| stay
     * nm: the n largest |w| of every m consecutive inputs of a row stay
     * block: the tiles of the weight, as a matrix [out, in · kernel], with the largest root mean square stay
+    * channel: whole channels go, with all that is coupled to them by residual additions, gates and norms: the rows of
+      the layers that make them, their biases, and scale and shift of the norms behind
 
     The masks are fixed from then on: adapters train under them, and files of adapters keep them. Several steps may
     prune different layers, or one layer further than the step before.
@@ -995,14 +997,30 @@ class Prune(Step):
         description="Path of a file of masks, relative to the plan's folder: safetensors, or the .pt or .pth of "
         "open_lth. It names parameters as the model does, one tensor of 0 and 1 each; those it lacks stay dense.",
     )
-    method: Literal["mask", "magnitude", "nm", "block"] = Field(
+    method: Literal["mask", "magnitude", "nm", "block", "channel"] = Field(
         default="mask", description="A file says what stays, or how it is chosen."
     )
-    density: Number | None = Field(default=None, description="Share of the weights that stays, > 0 and ≤ 1.")
+    density: Number | None = Field(
+        default=None, description="Share that stays, > 0 and ≤ 1: of weights, or of channels for method='channel'."
+    )
+    flops: Number | None = Field(
+        default=None,
+        description="Share of the multiply-accumulates of all layers with weights that stays at most, > 0 and ≤ 1: for "
+        "method='channel', instead of density.",
+    )
     scope: Literal["global", "layer"] = Field(
         default="global",
         description="Compare everything the step matches, so that some layers keep more than others; or keep the same "
-        "share of every layer.",
+        "share of every layer (of every group of coupled channels).",
+    )
+    criterion: Literal["l1", "taylor", "batchnorm"] = Field(
+        default="l1",
+        description="What a channel is worth: its sum of |w|, of |w · ∂L/∂w| on the calibration data with L half the "
+        "squared outputs, or of |γ| of the batch norms behind it. Sums go over all layers that make it; those of l1 "
+        "and batchnorm are divided by the mean of their group.",
+    )
+    multiple: Count = Field(
+        default=1, description="Channels that stay are rounded to a multiple of this; fast kernels like 8 or more."
     )
     n: Count = Field(default=2, description="How many of m inputs stay.")
     m: Count = Field(default=4, description="How many consecutive inputs compete.")
@@ -1031,7 +1049,10 @@ class Prune(Step):
             mask: str | os.PathLike[str] | None = None,
             method: str = "mask",
             density: float | None = None,
+            flops: float | None = None,
             scope: str = "global",
+            criterion: str = "l1",
+            multiple: int = 1,
             n: int = 2,
             m: int = 4,
             block: Sequence[int] = (64, 64),
@@ -1052,20 +1073,27 @@ class Prune(Step):
         for key, methods in _PRUNES_BY.items():
             if self.method not in methods and getattr(self, key) != type(self).model_fields[key].default:
                 yield key, f"has a meaning with method={' or '.join(map(repr, methods))} only"
-        if self.density is not None and not 0 < self.density <= 1:
-            yield "density", f"must be > 0 and ≤ 1, got {self.density!r}"
+        for key in ("density", "flops"):
+            share = getattr(self, key)
+            if share is not None and not 0 < share <= 1:
+                yield key, f"must be > 0 and ≤ 1, got {share!r}"
         if self.method == "mask" and self.mask is None:
-            yield "mask", "must name a file of masks, unless method is 'magnitude', 'nm' or 'block'"
+            yield "mask", "must name a file of masks, unless method is 'magnitude', 'nm', 'block' or 'channel'"
         if self.method in ("magnitude", "block") and self.density is None:
             yield "density", f"missing, but required for method={self.method!r}"
+        if self.method == "channel" and (self.density is None) == (self.flops is None):
+            yield "density", "and flops are shares that stay: give one of them for method='channel'"
         if self.method == "nm" and self.n >= self.m:
             yield "n", f"must be < m ({self.m}), got {self.n}"
 
 
 _PRUNES_BY: dict[str, tuple[str, ...]] = {
     "mask": ("mask",),
-    "density": ("magnitude", "block"),
-    "scope": ("magnitude", "block"),
+    "density": ("magnitude", "block", "channel"),
+    "flops": ("channel",),
+    "scope": ("magnitude", "block", "channel"),
+    "criterion": ("channel",),
+    "multiple": ("channel",),
     "n": ("nm",),
     "m": ("nm",),
     "block": ("block",),

@@ -131,8 +131,12 @@ def _pruning(step: Prune) -> str:
         return f"prune by {step.mask}"
     if step.method == "nm":
         return f"prune to {step.n}:{step.m}"
-    share = f"{100 * float(step.density or 0):.4g}% of "
+    share = f"{100 * float((step.density if step.flops is None else step.flops) or 0):.4g}% of "
     each = " of every layer" if step.scope == "layer" else ""
+    if step.method == "channel":
+        rounded = f", in multiples of {step.multiple}" if step.multiple > 1 else ""
+        kept = "the multiply-accumulates" if step.density is None else "the channels"
+        return f"prune to {share}{kept}{each}, by {step.criterion}{rounded}"
     tile = f"tiles of {step.block[0]}×{step.block[1]}" if step.method == "block" else "weights"
     return f"prune to {share}the {tile}{each}"
 

@@ -22,6 +22,7 @@ from .._operators import apply, aten
 from ._masked import Place, Places, find_places
 from ._parameters import Parameter, Source, parameter_dtype
 from ._scores import largest, n_of_m, tiles
+from ._scores_channel import channel_masks, choose, find_channels, has_gains, scores
 from ._sites import resolve
 
 Masks = dict[Place, Tensor]
@@ -103,6 +104,8 @@ class _Pruning:
     def _chosen(self) -> Masks:
         if self.step.method == "mask":
             return self._from_file()
+        if self.step.method == "channel":
+            return self._of_channels()
         taken = self._taken(_layers(self.program, self.places, self.step))
         weights = []
         for place in taken:
@@ -125,6 +128,39 @@ class _Pruning:
         if step.method == "magnitude":
             return [mask for some in together for mask in largest(some, share)]
         return [mask for some in together for mask in tiles(some, step.block, share)]
+
+    def _of_channels(self) -> Masks:
+        step, program, offers = self.step, self.program, _layers(self.program, self.places, self.step)
+        layers = {path: held for path, held in offers.operators.items() if prunes(step, path)}
+        found, misfits = find_channels(program, self.places, layers)
+        if step.criterion == "batchnorm":
+            bare = {path: "makes channels that no batch norm scales, which the criterion looks at"
+                    for channels in found if not has_gains(channels) for path in channels.paths}  # fmt: skip
+            found, misfits = [channels for channels in found if has_gains(channels)], misfits | bare
+        ready = {path for channels in found for path in channels.paths}
+        offers.refused |= misfits
+        offers.operators = {
+            path: held for path, held in offers.operators.items() if path in ready or path not in layers
+        }
+        self._taken(offers)
+        given = self.ctx.given
+        if step.criterion == "taylor" and (given is None or given.batches is None):
+            raise PlanError(
+                f"steps[{self.index}].criterion: 'taylor' differentiates on data, and there is none", where=step.name,
+                hint="pass calibration=batches of inputs, to adapt or to compile",
+            )  # fmt: skip
+        worth = scores(program, step, found, lambda: self.ctx.calibration.of(program))
+        work, kept = choose(program, step, self.places, found, worth)
+        stay, total = sum(int(mask.sum()) for mask in kept), sum(map(len, kept))
+        self._tell("", "measured", f"{stay:,} of {total:,} channels stay, and {work:.1%} of the multiply-accumulates")
+        for channels, mask in zip(found, kept, strict=True):
+            for path in channels.paths:
+                others = [other for other in channels.paths if other != path]
+                detail = f"{int(mask.sum())} of {len(mask)} channels stay" + (
+                    f", one for one with {', '.join(others[:4])}" if others else "")  # fmt: skip
+                self._tell(path, "rewritten", detail, "mask ⊙ weight", requested=f"channels of {path}")
+        masks = channel_masks(found, kept)
+        return {place: mask.to(self._device(place)) for place, mask in masks.items()}
 
     def _taken(self, offers: Places) -> list[Place]:
         """The places that the step takes; rows in the ledger for what it matches and cannot take."""
