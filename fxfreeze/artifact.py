@@ -49,7 +49,7 @@ from .locks import alone
 from .lower import Lowering
 from .plan import Gate, LoRA, Plan
 from .program import Program
-from .serialize import Interface, load_program, save_program
+from .serialize import WEIGHTS_FILE, Interface, dense_bytes, load_program, save_program
 
 FORMAT = 1
 """Version of the layout of an artifact's folder and manifest; a newer one is refused."""
@@ -65,7 +65,7 @@ class Artifact:
     Made by ``fxfreeze.compile`` or ``fxfreeze.load``. Attributes:
         folder: where its files are; a private temporary folder, removed with the artifact, unless it was loaded.
         manifest: the record, JSON-able (keys: format, fxfreeze, versions, machine, plan, interface, structural_hash,
-            gates, adapters, targets, default, passes, proofs, ledger, parity, scores, sizes, files, digest).
+            gates, adapters, targets, default, passes, proofs, ledger, parity, scores, sizes, dense, files, digest).
         interface: names, dtypes, shapes and dims of inputs and outputs.
     """
 
@@ -523,6 +523,8 @@ def _manifest(
         "adapters": adapters,
         "targets": dict(facts),
         "default": plan.targets[0] if plan.targets else None,
+        # What a file that leaves out zeros would take with them.
+        "dense": {} if (dense := dense_bytes(folder / PROGRAM)) is None else {f"{PROGRAM}/{WEIGHTS_FILE}": dense},
     }
 
 

@@ -26,7 +26,7 @@ def summary(manifest: Manifest, *, full: bool = False) -> RenderableType:
     parts = [passes_table(rows), ledger_table(manifest["ledger"])]
     parts += [parity_table(parity)] if parity else []
     parts += [scores_table(manifest["scores"])] if manifest.get("scores") else []
-    return Group(*parts, sizes_table(manifest["sizes"]))
+    return Group(*parts, sizes_table(manifest["sizes"], manifest.get("dense") or {}))
 
 
 def worst_rows(rows: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
@@ -94,12 +94,16 @@ def scores_table(scores: Mapping[str, float]) -> Table:
     return table
 
 
-def sizes_table(sizes: Mapping[str, int]) -> Table:
-    """Bytes of every file."""
-    table = _table("sizes", ["file", "size"], right=(1,))
+def sizes_table(sizes: Mapping[str, int], dense: Mapping[str, int]) -> Table:
+    """Bytes of every file, and of those that leave out zeros what they would take with them."""
+    table = _table("sizes", ["file", "size", *["with its zeros"] * bool(dense)], right=(1, 2))
     for name, size in sizes.items():
-        table.add_row(name, f"{size / 1024:,.1f} KiB" if size < 1 << 20 else f"{size / (1 << 20):,.1f} MiB")
+        table.add_row(name, _bytes(size), *[_bytes(dense[name]) if name in dense else "–"] * bool(dense))
     return table
+
+
+def _bytes(size: int) -> str:
+    return f"{size / 1024:,.1f} KiB" if size < 1 << 20 else f"{size / (1 << 20):,.1f} MiB"
 
 
 def as_text(renderable: RenderableType, *, width: int = 140) -> str:

@@ -8,11 +8,13 @@ dtypes are not written; they are computed again on load, under fake tensors with
 
 safetensors stores neither strides nor tensors that share memory. A constant is therefore a (dtype, shape, stride,
 offset) view of a stored tensor, and constants that overlap in memory are stored once, as the range of memory they
-touch, and share memory again after loading. dtypes safetensors has no name for are stored as bytes.
+touch, and share memory again after loading. dtypes safetensors has no name for are stored as bytes. Where that is less,
+a tensor is stored as the elements that are not 0, and bits that say where they were (see zeros.py).
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -30,9 +32,11 @@ from .constants import Constants
 from .errors import ArtifactError
 from .program import SYMBOLIC_FUNCTIONS, Origin, Program, TensorSpec, first_line, is_mutating
 from .sampling import concrete_shape, tracing_sizes
+from .zeros import with_zeros, without_zeros
 
-FORMAT = 1
-"""Version of the layout of ``program.json``; a newer one is refused."""
+FORMAT = 2
+"""Version of the layout of ``program.json``; a newer one is refused. 2 has tensors without their zeros, and is written
+only where there is one."""
 
 GRAPH_FILE, WEIGHTS_FILE = "program.json", "weights.safetensors"
 
@@ -244,11 +248,14 @@ def save_program(program: Program, folder: Path) -> list[str]:
     Constants are written in their storage dtypes. Raises ArtifactError for what cannot be stored, naming the node's
     module path; nothing is written then.
     """
-    document: dict[str, Any] = {"format": FORMAT, **Interface.of(program).to_json()}
+    document: dict[str, Any] = {"format": 1, **Interface.of(program).to_json()}
     stacks: dict[tuple[tuple[str, str], ...], int] = {}
     document["nodes"] = [_encode_node(program, node, stacks) for node in program.graph.nodes]
     document["stacks"] = [[list(level) for level in stack] for stack in stacks]
     document["constants"], stored = pack(_storage_state(program))
+    if masked := {record["data"]: record for record in document["constants"].values() if "mask" in record}:
+        document["format"] = FORMAT
+        document["dense_bytes"] = _dense_bytes(masked, stored)
     folder.mkdir(parents=True, exist_ok=True)
     safetensors.torch.save_file(stored, str(folder / WEIGHTS_FILE))
     (folder / GRAPH_FILE).write_text(json.dumps(document, allow_nan=False, separators=(",", ":")) + "\n")
@@ -414,28 +421,41 @@ def pack(state: Mapping[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]
     """Describe tensors as views of stored ones: ``(records by name, tensors to store)``.
 
     A contiguous tensor that shares no memory is stored as it is, under its own name. Tensors that share memory are
-    stored as the flat range of memory they touch, when that is no larger than storing each on its own.
+    stored as the flat range of memory they touch, when that is no larger than storing each on its own. What is stored
+    goes without its zeros where that is less.
     """
     records: dict[str, Any] = {}
     stored: dict[str, Tensor] = {}
+    taken = set(state)
+
+    def keep(key: str, tensor: Tensor) -> dict[str, Any]:
+        """Store a contiguous tensor; what its records need beside the key."""
+        if (packed := without_zeros(tensor.detach().cpu())) is None:
+            stored[key] = _plain(tensor)
+            return {}
+        mask = next(name for count in itertools.count() if (name := f"{key}#nonzero{'+' * count}") not in taken)
+        taken.add(mask)
+        stored[key], stored[mask] = _plain(packed[0]), packed[1]
+        return {"mask": mask, "length": tensor.numel()}
+
     for names in _overlapping(state):
         first, tensors = names[0], [state[name] for name in names]
         low = min(_span(tensor)[0] for tensor in tensors)
         high = max(_span(tensor)[1] for tensor in tensors)
         same_dtype = len({tensor.dtype for tensor in tensors}) == 1
         if len(names) == 1 and tensors[0].is_contiguous():
-            stored[first] = _plain(tensors[0])
-            records[first] = _record(tensors[0], first)
+            more = keep(first, tensors[0])
+            records[first] = _record(tensors[0], first) | more
         elif same_dtype and high - low <= sum(tensor.numel() for tensor in tensors) * tensors[0].itemsize:
             size = tensors[0].itemsize
             span = torch.as_strided(tensors[0], ((high - low) // size,), (1,), low // size)
-            stored[first] = _plain(span.clone())
+            more = keep(first, span.clone())
             for name, tensor in zip(names, tensors, strict=True):
-                records[name] = _record(tensor, first, int(tensor.storage_offset()) - low // size)
+                records[name] = _record(tensor, first, int(tensor.storage_offset()) - low // size) | more
         else:
             for name, tensor in zip(names, tensors, strict=True):
-                stored[name] = _plain(tensor.contiguous().clone())
-                records[name] = _record(tensor.contiguous(), name)
+                more = keep(name, tensor.contiguous().clone())
+                records[name] = _record(tensor.contiguous(), name) | more
     return records, stored
 
 
@@ -443,16 +463,23 @@ def unpack(records: Mapping[str, Any], stored: Mapping[str, Tensor]) -> dict[str
     """The inverse of :func:`pack`.
 
     Raises:
-        ArtifactError: a record points outside its stored tensor, or at none.
+        ArtifactError: a record points outside its stored tensor, or at none, or a mask is not that of its elements.
     """
     state: dict[str, Tensor] = {}
-    moved: dict[tuple[str, str, str], Tensor] = {}
+    moved: dict[tuple[Any, ...], Tensor] = {}
     for name, record in records.items():
-        if record["data"] not in stored:
+        mask = record.get("mask")
+        if not {record["data"], mask or record["data"]} <= stored.keys():
             raise ArtifactError(f"constant {name!r} is missing", where=WEIGHTS_FILE)
-        key = (record["data"], record["dtype"], record.get("device", "cpu"))
+        key = (record["data"], record["dtype"], record.get("device", "cpu"), mask, record.get("length"))
         if key not in moved:
-            moved[key] = _on(key[2], _typed(stored[key[0]], _DTYPES[key[1]])).reshape(-1)
+            values = _typed(stored[key[0]], _DTYPES[key[1]]).reshape(-1)
+            if mask is not None:
+                try:
+                    values = with_zeros(values, stored[mask], int(record["length"]))
+                except ValueError as error:
+                    raise ArtifactError(f"constant {name!r} has a wrong mask: {error}", where=WEIGHTS_FILE) from error
+            moved[key] = _on(key[2], values)
         base, shape = moved[key], [int(size) for size in record["shape"]]
         stride, offset = record.get("stride") or _contiguous(shape), int(record.get("offset", 0))
         if len(stride) != len(shape) or min([offset, *shape, *stride]) < 0 or _reach(shape, stride, offset) > len(base):
@@ -462,6 +489,23 @@ def unpack(records: Mapping[str, Any], stored: Mapping[str, Tensor]) -> dict[str
             base.view(shape) if whole else torch.as_strided(base, shape, stride, offset + int(base.storage_offset()))
         )
     return state
+
+
+def dense_bytes(folder: Path) -> int | None:
+    """What the tensors of a folder that :func:`save_program` wrote would take with all their zeros; None: as they do.
+
+    Raises:
+        ArtifactError: the file is missing or malformed.
+    """
+    found = _read_json(folder / GRAPH_FILE).get("dense_bytes")
+    return None if found is None else int(found)
+
+
+def _dense_bytes(masked: Mapping[str, Any], stored: Mapping[str, Tensor]) -> int:
+    """`masked`: key of elements → a record that has a mask for them."""
+    spared = {record["mask"] for record in masked.values()} | masked.keys()
+    whole = sum(int(record["length"]) * _DTYPES[record["dtype"]].itemsize for record in masked.values())
+    return whole + sum(value.nbytes for key, value in stored.items() if key not in spared)
 
 
 def _overlapping(state: Mapping[str, Tensor]) -> list[list[str]]:

@@ -25,6 +25,7 @@ from fxfreeze.artifact import MANIFEST, Artifact, _digest, load
 from fxfreeze.capture import capture
 from fxfreeze.emit import PROGRAM, Target
 from fxfreeze.errors import ArtifactError, EmitError
+from fxfreeze.report import as_text, summary
 from fxfreeze.serialize import load_program, save_program
 
 
@@ -100,6 +101,28 @@ def made(captured):
 @pytest.fixture
 def saved(made, tmp_path):
     return made.save(tmp_path / "out")
+
+
+# --------------------------------------------------------------------------------------------- zeros
+
+
+def test_the_report_says_what_zeros_would_take(made, tmp_path):
+    model = nn.Linear(100, 120, bias=False)
+    model.weight.data *= torch.rand(120, 100) < 0.1
+    plan = Plan(inputs=[Input("x", shape=("batch", 100))], targets=["torch"])
+    artifact = Artifact.create(*capture(model.eval(), plan)[:1], plan)
+    file = f"{PROGRAM}/weights.safetensors"
+    assert artifact.manifest["dense"] == {file: 4 * 120 * 100} and artifact.sizes[file] < 9000
+    rows = [[part.strip() for part in line.split("  ") if part.strip()] for line in artifact.report.splitlines()]
+    assert ["file", "size", "with its zeros"] in rows
+    (row,) = (row for row in rows if row and row[0] == file)
+    assert row[2] == "46.9 KiB" and row[1] != row[2]
+    artifact.save(tmp_path / "out")
+    x = torch.randn(3, 100)
+    assert torch.equal(Artifact.load(tmp_path / "out")(x), artifact(x))
+    assert made.manifest["dense"] == {}
+    for plain in ({**artifact.manifest, "dense": {}}, {**artifact.manifest, "dense": None}):  # or made before
+        assert "with its zeros" not in as_text(summary(plain))
 
 
 # ------------------------------------------------------------------------------------------- calling

@@ -23,6 +23,7 @@ from fxfreeze.serialize import (
     WEIGHTS_FILE,
     Interface,
     decode,
+    dense_bytes,
     encode,
     load_program,
     operator_name,
@@ -114,7 +115,7 @@ def test_the_files_are_data(tmp_path):
     save_program(CASES["conv"](), tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == [GRAPH_FILE, WEIGHTS_FILE]
     document = json.loads((tmp_path / GRAPH_FILE).read_text(), parse_constant=lambda name: pytest.fail(name))
-    assert document["format"] == FORMAT
+    assert document["format"] == 1 and "dense_bytes" not in document  # nothing has zeros to speak of
     assert str(tmp_path.root) + "home" not in json.dumps(document)
     assert {"aten.conv2d.default", "aten.linear.default"} <= {node.get("target") for node in document["nodes"]}
     assert set(safetensors.torch.load_file(tmp_path / WEIGHTS_FILE)) >= {"stem.0.weight", "head.bias"}
@@ -286,6 +287,161 @@ def test_records_that_do_not_fit_their_data_are_refused(change):
     records, stored = pack({"a": torch.randn(3, 4)})
     with pytest.raises(ArtifactError, match=WEIGHTS_FILE):
         unpack({"a": {**records["a"], **change}}, stored)
+
+
+# ---------------------------------------------------------------------------------------------- zeros
+
+
+def some_zeros(dtype: torch.dtype, *shape: int, keep: float = 0.1) -> torch.Tensor:
+    """Random bits in a share of the elements: NaN, infinities and denormals among them."""
+    generator = torch.Generator().manual_seed(0)
+    count = math.prod(shape)
+    if dtype == torch.bool:
+        return (torch.rand(shape, generator=generator) < keep).to(dtype)
+    bytes_ = torch.randint(1, 256, (count, dtype.itemsize), dtype=torch.uint8, generator=generator)
+    bytes_[torch.rand(count, generator=generator) >= keep] = 0
+    return bytes_.reshape(-1).view(dtype).reshape(shape)
+
+
+MASKED_DTYPES = [
+    torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.complex64, torch.complex128,
+    torch.bool, torch.int8, torch.uint8, torch.int16, torch.uint16, torch.int32, torch.int64,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", MASKED_DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(8192,), (65, 127), (4097, 2, 1)], ids=str)
+def test_zeros_are_not_stored(dtype, shape, tmp_path):
+    tensor = some_zeros(dtype, *shape)
+    loaded = through_a_file({"a": tensor}, tmp_path)["a"]
+    assert same_bits(loaded, tensor)
+    count, bits = int(tensor.view(torch.uint8).reshape(-1, dtype.itemsize).any(1).sum()), -(-tensor.numel() // 8)
+    assert (tmp_path / WEIGHTS_FILE).stat().st_size < count * dtype.itemsize + bits + 400
+    assert 0 < count < 0.2 * tensor.numel()
+
+
+def test_every_bit_of_a_small_number_counts(tmp_path):
+    """−0, the smallest denormal and NaN come back as they are."""
+    tensor = torch.zeros(5000)
+    tensor[7], tensor[19], tensor[4001], tensor[4999] = -0.0, 1e-45, math.nan, math.inf
+    records, stored = pack({"a": tensor})
+    assert stored["a"].numel() == 4 and stored[records["a"]["mask"]].numel() == 625
+    loaded = through_a_file({"a": tensor}, tmp_path)["a"]
+    assert same_bits(loaded, tensor) and math.copysign(1, loaded[7]) == -1 and loaded[19] > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float8_e4m3fn, torch.complex64,
+                                   torch.complex128], ids=str)  # fmt: skip
+def test_what_a_mask_leaves_are_zeros_of_either_sign(dtype, tmp_path):
+    tensor = some_zeros(dtype, 90, 100)
+    flipped = -tensor if dtype.is_complex else (tensor.float().neg() if dtype.itemsize == 1 else -tensor).to(dtype)
+    tensor = torch.where(torch.rand(90, 100) < 0.5, tensor, flipped)
+    assert same_bits(through_a_file({"a": tensor}, tmp_path)["a"], tensor)
+    if dtype.is_floating_point:  # one byte of bits for the elements that are there, one for the zeros
+        assert 0.3 < torch.signbit(tensor.float())[tensor.float() == 0].float().mean() < 0.7
+        assert (tmp_path / WEIGHTS_FILE).stat().st_size < 9000 * (0.12 * dtype.itemsize + 2 / 8) + 400
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128], ids=str)
+def test_half_an_element_is_enough(dtype, tmp_path):
+    tensor = torch.zeros(5000, dtype=dtype)
+    tensor[5], tensor[6], tensor[7] = 1j, 1.0, complex(-0.0, 0.0)
+    assert pack({"a": tensor})[1]["a"].nbytes == 3 * dtype.itemsize
+    assert same_bits(through_a_file({"a": tensor}, tmp_path)["a"], tensor)
+
+
+@pytest.mark.parametrize("keep", [0.0, 1.0])
+def test_no_zeros_and_nothing_but_zeros(keep, tmp_path):
+    tensor = torch.full((70, 70), keep)
+    records, stored = pack({"a": tensor})
+    assert ("mask" in records["a"]) == (keep == 0)
+    assert same_bits(through_a_file({"a": tensor}, tmp_path)["a"], tensor)
+    assert sum(value.numel() for value in stored.values()) == (4900 if keep else 613)
+
+
+@pytest.mark.parametrize(("numel", "keep", "masked"), [(1024, 0.5, True), (1023, 0.5, False),
+                                                       (4096, 0.86, True), (4096, 0.88, False)])  # fmt: skip
+def test_what_saves_little_is_stored_as_it_is(numel, keep, masked):
+    tensor = torch.zeros(numel)
+    tensor[: int(keep * numel)] = 1.0
+    records, stored = pack({"a": tensor})
+    assert ("mask" in records["a"]) == masked == (len(stored) == 2)
+    if masked:
+        assert sum(value.nbytes for value in stored.values()) <= 0.9 * tensor.nbytes
+
+
+ZEROS = some_zeros(torch.float32, 120, 100)
+
+
+@pytest.mark.parametrize(
+    "views",
+    [
+        {"a": ZEROS.T},
+        {"a": ZEROS, "b": ZEROS},
+        {"a": ZEROS, "b": ZEROS.T, "c": ZEROS[3:70]},
+        {"a": ZEROS, "b": ZEROS.view(torch.int32)},
+        {"a": ZEROS.expand(2, 120, 100), "a#nonzero": torch.ones(3), "a#nonzero+": torch.ones(2)},
+    ],
+    ids=["transposed", "tied", "views", "two dtypes", "names of masks"],
+)
+def test_views_of_what_has_zeros(views, tmp_path):
+    loaded = through_a_file(views, tmp_path)
+    assert list(loaded) == list(views) and all(same_bits(loaded[name], views[name]) for name in views)
+    assert all(loaded[name].stride() == views[name].stride() for name in views)
+    one_dtype = len({value.dtype for value in views.values()}) == 1
+    assert (tmp_path / WEIGHTS_FILE).stat().st_size < (0.2 if one_dtype else 0.4) * ZEROS.nbytes
+    if one_dtype and set(views) <= {"a", "b", "c"}:
+        assert len({value.untyped_storage().data_ptr() for value in loaded.values()}) == 1
+
+
+def test_the_version_says_that_there_are_masks(tmp_path):
+    """An older reader takes what it can read, and refuses what it cannot."""
+    model = nn.Linear(100, 120)
+    model.weight.data = ZEROS.clone().nan_to_num(1.0, 1.0, 1.0)
+    save_program(program_of(model, Input("x", shape=("n", 100))), tmp_path)
+    document = json.loads((tmp_path / GRAPH_FILE).read_text())
+    assert document["format"] == FORMAT == 2
+    assert dense_bytes(tmp_path) == document["dense_bytes"] == 4 * (100 * 120 + 120)
+    assert (tmp_path / WEIGHTS_FILE).stat().st_size < 0.2 * 4 * 100 * 120
+    assert same_bits(load_program(tmp_path).state["weight"], model.weight)
+    (tmp_path / "dense").mkdir()
+    save_program(CASES["half"](), tmp_path / "dense")
+    assert json.loads((tmp_path / "dense" / GRAPH_FILE).read_text())["format"] == 1
+    assert dense_bytes(tmp_path / "dense") is None
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda records, stored: stored.update({"a#nonzero": stored["a#nonzero"][:-1]}),
+        lambda records, stored: stored.update({"a#nonzero": stored["a#nonzero"].int()}),
+        lambda records, stored: stored.update({"a#nonzero": stored["a#nonzero"] | 1}),
+        lambda records, stored: stored.update({"a": stored["a"][:-1]}),
+        lambda records, stored: stored.pop("a#nonzero"),
+        lambda records, stored: records["a"].update(length=4992),
+        lambda records, stored: records["a"].update(length=10**15),
+        lambda records, stored: records["a"].update(length=-5000),
+        lambda records, stored: records["a"].update(mask="a"),
+        lambda records, stored: records["a"].pop("mask"),
+        lambda records, stored: records["a"].update(shape=[5001]),
+    ],
+)
+def test_masks_that_do_not_fit_are_refused(damage):
+    tensor = torch.zeros(5000)
+    tensor[1::7] = 1.0
+    records, stored = pack({"a": tensor})
+    damage(records, stored)
+    with pytest.raises(ArtifactError, match=WEIGHTS_FILE):
+        unpack(records, stored)
+
+
+def test_a_bit_beyond_the_last_element_is_refused():
+    tensor = torch.zeros(5001)
+    tensor[5000] = 1.0
+    records, stored = pack({"a": tensor})
+    stored["a#nonzero"][-1] = 2
+    with pytest.raises(ArtifactError, match="constant 'a' has a wrong mask: there are bits beyond 5001 elements"):
+        unpack(records, stored)
 
 
 # ------------------------------------------------------------------------------------------- arguments
