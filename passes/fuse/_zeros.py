@@ -105,11 +105,10 @@ def report(program: Program, ctx: Context, found: Sparse, outcome: Outcome, exec
 
 
 def report_size_only(program: Program, ctx: Context, found: Sparse, reason: str) -> None:
-    """The weight stays as it is: it takes less room in the artifact, and no less time."""
-    onnx = "; an ONNX file holds them" if "onnx" in ctx.plan.targets else ""
-    report(
-        program, ctx, found, "skipped", str(found.node.target), f"size only: no speed-up, since {reason}{onnx}"
-    )  # fmt: skip
+    """The weight stays as it is: it takes less room in the stored program, and no less time."""
+    whole = " and ".join(target for target in ("aoti", "onnx") if target in ctx.plan.targets)
+    held = f"; files for {whole} hold them" if whole else ""
+    report(program, ctx, found, "skipped", str(found.node.target), f"size only: no speed-up, since {reason}{held}")
 
 
 def store(program: Program, found: Sparse, name: str, take: Callable[[Tensor], Tensor]) -> Node:

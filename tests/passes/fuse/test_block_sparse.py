@@ -260,11 +260,16 @@ def test_targets_of_a_cpu(targets: tuple[str, ...], fuses: bool) -> None:
     program, (row,) = fused(Net(), targets=targets)
     assert (SPARSE in operators(program)) == fuses == (row.outcome == "rewritten")
     if not fuses:
-        onnx = "; an ONNX file holds them" if "onnx" in targets else ""
-        says = f"since there is no form for targets {', '.join(targets) or 'none'} on cpu{onnx}"
+        held = "; files for onnx hold them" if "onnx" in targets else ""
+        says = f"since there is no form for targets {', '.join(targets) or 'none'} on cpu{held}"
         assert row.detail == f"75% zeros; size only: no speed-up, {says}"
     elif "onnx" in targets:
         assert row.detail.endswith("; ONNX Runtime runs the dense product")
+
+
+def test_which_files_hold_the_zeros() -> None:
+    _, (row,) = fused(Net(), clock=Clock(SLOWER), targets=("onnx", "torch", "aoti"))
+    assert row.detail.endswith("; files for aoti and onnx hold them")
 
 
 @pytest.mark.parametrize(

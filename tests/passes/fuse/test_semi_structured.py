@@ -123,7 +123,11 @@ def test_a_newer_gpu_needs_cusparselt(cusparselt: bool, monkeypatch: pytest.Monk
         (Net(out=80), {}, "2:4 takes multiples of 32 outputs and of 64 inputs"),
         (Net(inner=96), {"inner": 96}, "2:4 takes multiples of 32 outputs and of 64 inputs"),
         (Net("embedding"), {}, "rows of it are looked up, not multiplied"),
-        (Net(), {"targets": ("torch", "aoti")}, "there is no form for targets torch, aoti on cuda"),
+        (
+            Net(),
+            {"targets": ("torch", "aoti")},
+            "there is no form for targets torch, aoti on cuda; files for aoti hold them",
+        ),
     ],
     ids=["float32", "outputs", "inputs", "embedding", "targets"],
 )
