@@ -22,7 +22,7 @@ from .._operators import apply, aten
 from ._masked import Place, Places, find_places
 from ._parameters import Parameter, Source, parameter_dtype
 from ._scores import largest, n_of_m, tiles
-from ._scores_channel import channel_masks, choose, find_channels, has_gains, scores
+from ._scores_channel import Channels, channel_masks, choose, find_channels, has_gains, scores
 from ._sites import resolve
 
 Masks = dict[Place, Tensor]
@@ -153,14 +153,22 @@ class _Pruning:
         work, kept = choose(program, step, self.places, found, worth)
         stay, total = sum(int(mask.sum()) for mask in kept), sum(map(len, kept))
         self._tell("", "measured", f"{stay:,} of {total:,} channels stay, and {work:.1%} of the multiply-accumulates")
-        for channels, mask in zip(found, kept, strict=True):
-            for path in channels.paths:
-                others = [other for other in channels.paths if other != path]
-                detail = f"{int(mask.sum())} of {len(mask)} channels stay" + (
-                    f", one for one with {', '.join(others[:4])}" if others else "")  # fmt: skip
-                self._tell(path, "rewritten", detail, "mask ⊙ weight", requested=f"channels of {path}")
         masks = channel_masks(found, kept)
+        for place in dict.fromkeys(place for channels in found for place in channels.rows):
+            self._tell_rows(place, masks[place], found)
         return {place: mask.to(self._device(place)) for place, mask in masks.items()}
+
+    def _tell_rows(self, place: Place, mask: Tensor, found: Sequence[Channels]) -> None:
+        """How many channels of a layer stay, and whose go with them."""
+        assert place.operator is not None
+        rows = apply(place.operator.to_canonical(), mask).flatten(1).any(1)
+        shared = [path for channels in found if place in channels.rows for path in channels.paths if path != place.path]
+        others = list(dict.fromkeys(shared))
+        named = ", ".join(others[:4]) + (f" and {len(others) - 4} more" if len(others) > 4 else "")
+        detail = f"{int(rows.sum())} of {len(rows)} channels stay" + (
+            f"; they go together with {named}'s" if others else ""
+        )
+        self._tell(place.path, "rewritten", detail, "mask ⊙ weight", requested=f"channels of {place.path}")
 
     def _taken(self, offers: Places) -> list[Place]:
         """The places that the step takes; rows in the ledger for what it matches and cannot take."""

@@ -143,7 +143,7 @@ def test_it_computes_what_a_smaller_model_computes(criterion: str) -> None:
     refused = {row.site: row.detail for row in net.ledger if row.outcome == "refused"}
     assert list(refused) == ["fc"] and "as their axis reaches an output" in refused["fc"]
     told = {row.site: row.detail for row in net.ledger if row.requested.startswith("channels of")}
-    assert told["b.conv2"] == f"{int(kept['stem'].sum())} of 16 channels stay, one for one with stem, a.conv2"
+    assert told["b.conv2"] == f"{int(kept['stem'].sum())} of 16 channels stay; they go together with stem, a.conv2's"
     assert set(told) == {layer for layers in GROUPS.values() for layer in layers}
 
 
