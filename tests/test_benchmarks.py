@@ -502,3 +502,26 @@ def test_the_sparse_benchmark_lets_as_many_neurons_fire_as_it_says():
     assert (model.fired(x) != 0).double().mean() == pytest.approx(0.1, abs=0.005)
     h, wide = model.up(x), model.double().up(x.double())
     assert torch.equal(h > model.threshold, wide > model.threshold)
+
+
+def test_the_benchmark_of_blocks_has_as_many_empty_ones_as_it_says():
+    from benchmarks import block_sparse
+    from fxfreeze.kernels.block_sparse import filled
+
+    for empty in (0.5, 0.75, 0.9):
+        weight = block_sparse.layer(block_sparse.Size(1024, 1, empty), seed=0).weight
+        assert int(filled(weight, 64, 64).sum()) == 256 - round(256 * empty)
+    assert [str(size) for size in block_sparse.FULL if size.is_limited] == [
+        f"{width} to {width}, batch 64, 75% empty" for width in (1024, 2048, 4096)
+    ]
+
+
+def test_a_layer_that_stays_dense_is_no_peer(monkeypatch):
+    """In the tests every clock says that the dense product is as fast."""
+    from benchmarks import block_sparse
+
+    size = block_sparse.Size(512, 2, 0.75)
+    with pytest.raises(
+        harness.Unavailable, match="the layer stays dense: 75% zeros; size only: no speed-up, since with"
+    ):
+        block_sparse.frozen_layer(lambda: block_sparse.layer(size, seed=0), size, "torch")

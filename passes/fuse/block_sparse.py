@@ -37,7 +37,7 @@ aten = torch.ops.aten
 TILES = (128, 64, 32)
 """Inputs and outputs of a tile."""
 ALIKE = 1.1
-"""Larger tiles are taken where they keep so little more."""
+"""Larger tiles are taken where they keep up to so many times as much."""
 WORTH = 0.75
 """Of the weight that may be left in tiles; with more, what is skipped is less than a good dense product gains."""
 SMALL = 1 << 20
