@@ -50,6 +50,7 @@ from .plan import (
     from_adapterhub,
     from_peft,
 )
+from .tickets import Ticket, Tickets, find_ticket
 
 __all__ = [
     "IA3",
@@ -83,11 +84,14 @@ __all__ = [
     "Replace",
     "Splice",
     "Tap",
+    "Ticket",
+    "Tickets",
     "Tversky",
     "VeRA",
     "__version__",
     "adapt",
     "compile",
+    "find_ticket",
     "fold_checkpoint",
     "from_adapterhub",
     "from_peft",

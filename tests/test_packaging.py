@@ -138,7 +138,7 @@ def test_wheel_metadata(archives: tuple[Path, Path]) -> None:
     assert metadata["Version"] == version["__version__"]
     assert metadata["License-Expression"] == "Apache-2.0"
     assert "Apache License" in licence and "END OF TERMS AND CONDITIONS" in licence
-    assert set(metadata.get_all("Provides-Extra", [])) == {"onnx", "demo", "test", "dev", "bench", "all"}
+    assert set(metadata.get_all("Provides-Extra", [])) == {"onnx", "demo", "search", "test", "dev", "bench", "all"}
     assert "fxfreeze = fxfreeze.cli:main" in points
 
 
@@ -238,7 +238,18 @@ def test_transformers_imports_from_the_repository_root() -> None:
     assert python(code, cwd=ROOT).strip() == "(1, 3, 8)"
 
 
-HEAVY = ["triton", "onnx", "onnxscript", "onnxruntime", "sklearn", "transformers", "timm", "torchvision", "peft"]
+HEAVY = [
+    "triton",
+    "onnx",
+    "onnxscript",
+    "onnxruntime",
+    "sklearn",
+    "transformers",
+    "timm",
+    "torchvision",
+    "peft",
+    "ray",
+]
 
 IMPORT_DOES_NOTHING = f"""
     HEAVY = {HEAVY!r}
