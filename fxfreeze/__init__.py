@@ -12,6 +12,7 @@ from ._version import __version__
 from .adapt import AdaptedModule, adapt
 from .api import compile
 from .artifact import Artifact, load
+from .diagnose import Diagnosis, diagnose_prunability
 from .errors import (
     ArtifactError,
     CaptureError,
@@ -63,6 +64,7 @@ __all__ = [
     "CaptureError",
     "Codebook",
     "DiReFT",
+    "Diagnosis",
     "Dim",
     "DoRA",
     "EmitError",
@@ -91,6 +93,7 @@ __all__ = [
     "__version__",
     "adapt",
     "compile",
+    "diagnose_prunability",
     "find_ticket",
     "fold_checkpoint",
     "from_adapterhub",
