@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import functools
 import math
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -49,19 +48,12 @@ def cases(options: Options) -> Iterator[Case]:
 def folded_case(subject: Subject, target: str, seed: int) -> Case:
     """The control is the base compiled again: as far as its ratio is from 1, this machine cannot resolve."""
     adapted = [Adapted(subject, method, seed) for method in subject.methods]
-    renew = None if target == "torch" else Loaded.again  # torch.compile would compile anew
     peers = [
-        Peer("base", lambda: compiled(subject.model, target), renew=renew),
-        Peer("base again (control)", lambda: compiled(subject.model, target), renew=renew),
+        Peer("base", lambda: compiled(subject.model, target)),
+        Peer("base again (control)", lambda: compiled(subject.model, target)),
     ]
     peers += [
-        Peer(
-            f"{net.method} folded",
-            functools.partial(net.compiled, target),
-            reference=net.reference,
-            limit=LIMIT,
-            renew=renew,
-        )
+        Peer(f"{net.method} folded", functools.partial(net.compiled, target), reference=net.reference, limit=LIMIT)
         for net in adapted
     ]
     if target == "torch":
@@ -77,35 +69,13 @@ def folded_case(subject: Subject, target: str, seed: int) -> Case:
     )
 
 
-class Loaded:
-    """An artifact out of a folder, which is loaded anew before every sample."""
-
-    def __init__(self, folder: tempfile.TemporaryDirectory[str]) -> None:
-        import fxfreeze as fz
-
-        self.folder = folder
-        self.artifact = fz.load(f"{folder.name}/artifact")
-
-    def __call__(self, x: torch.Tensor) -> Any:
-        return self.artifact(x)
-
-    def again(self) -> Loaded:
-        del self.artifact  # its memory may serve the new one
-        return Loaded(self.folder)
-
-
 def compiled(model: nn.Module, target: str, *steps: Any) -> Callable[..., Any]:
     import fxfreeze as fz
 
     try:
-        artifact = fz.compile(model, fz.Plan(inputs=[image()], steps=steps, targets=(target,)))
+        return fz.compile(model, fz.Plan(inputs=[image()], steps=steps, targets=(target,)))
     except fz.MissingDependencyError as error:
         raise Unavailable(str(error)) from error
-    if target == "torch":
-        return artifact
-    folder = tempfile.TemporaryDirectory()
-    artifact.save(f"{folder.name}/artifact")
-    return Loaded(folder)
 
 
 def image() -> Any:

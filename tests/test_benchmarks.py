@@ -221,18 +221,6 @@ def test_rounds_are_interleaved_as_ordered() -> None:
     assert timed == ["abc"[index] for order in round_orders(3, 8, seed=3) for index in order]
 
 
-def test_a_peer_is_made_anew_before_every_sample_and_what_that_takes_is_not_counted() -> None:
-    clock, made = FakeClock(), []
-
-    def renew(call: Any) -> Any:
-        clock.now += 100.0
-        made.append(len(clock.log))
-        return call
-
-    found = run(clock, clock.peer("a", lambda n: 0.1), clock.peer("b", lambda n: 0.1, renew=renew), rounds=4)
-    assert len(set(made)) == len(made) == 4 and found["b"].value == pytest.approx(0.1)
-
-
 def test_the_inner_loop_is_as_long_as_the_target_asks() -> None:
     clock = FakeClock()
     found = run(clock, clock.peer("slow", lambda n: 1.0), clock.peer("fast", lambda n: 1e-5))

@@ -53,9 +53,7 @@ class Peer:
     `prepare()` builds and returns the callable that is measured, to be called with the case's inputs. It
     raises `Unavailable` or ImportError where the peer cannot run. `observe` turns a result into the outputs
     to compare, untimed, for instance by calling a freshly compiled model. `reference` replaces the case's where
-    the peer is to compute another function. `limit` is the largest accepted ratio to the baseline. `renew` makes
-    another instance of the callable before every sample of it, untimed: where weights happen to lie in memory moves a
-    latency by several per cent, and then shows as spread instead of as a difference between peers.
+    the peer is to compute another function. `limit` is the largest accepted ratio to the baseline.
     """
 
     name: str
@@ -63,7 +61,6 @@ class Peer:
     observe: Callable[[Any], Any] | None = None
     reference: Callable[..., Any] | None = None
     limit: float | None = None
-    renew: Callable[[Callable[..., Any]], Callable[..., Any]] | None = None
 
 
 @dataclass(frozen=True)

@@ -192,9 +192,6 @@ class Runner:
 
     def _sample(self, case: Case, entry: Entry) -> None:
         try:
-            if entry.peer.renew is not None and entry.call is not None:
-                entry.call = entry.peer.renew(entry.call)
-                loop(entry.run, WARM_UP)()
             if case.metric.looped:
                 entry.run()  # untimed: the peer before has filled the caches with its own weights
             if case.metric.timed:
