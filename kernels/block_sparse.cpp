@@ -5,13 +5,19 @@
 // tiles they stay in the first cache, beside the tile. Every sum is added up in the order of the tiles, whatever the
 // number of rows, threads or vectors.
 //
-// AOTInductor compiles this text at -O1 as a part of its own. The vectors are written out, so that they are there, too.
+// AOTInductor compiles this text at -O1 as a part of its own. The vectors are written out, but at -O1 the sums would stay
+// in memory.
 
 #include <algorithm>
 #include <cstdint>
 #include <vector>
 #ifdef _OPENMP
 #include <omp.h>
+#endif
+
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC push_options
+#pragma GCC optimize("O2")
 #endif
 
 namespace tiled {
@@ -162,6 +168,10 @@ bool run(void* out, const void* x, const void* tiles, const void* crow, const vo
 }
 
 }  // namespace tiled
+
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC pop_options
+#endif
 
 // `bytes` per number: 4 for float, 8 for double. `done` is 0, and nothing is written, where an index leads outside.
 extern "C" void block_sparse(void* out, int32_t* done, const void* x, const void* tiles, const void* crow,
