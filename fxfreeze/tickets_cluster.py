@@ -91,10 +91,9 @@ class Cluster:
     def __enter__(self) -> Self:
         ray = self.ray
         if not ray.is_initialized():
-            where = {} if self.address == "local" else {"address": self.address}
             quiet = {"include_dashboard": False} if self.address == "local" else {}
             try:
-                ray.init(**where, **quiet, log_to_driver=False)
+                ray.init(self.address, log_to_driver=False, **quiet)
             except (ConnectionError, ValueError, RuntimeError) as error:
                 raise FxfreezeError(
                     f"no Ray cluster answers: {error}", where=f"cluster={self.address!r}",

@@ -92,8 +92,8 @@ TABLE: dict[str, str] = {
     "passes": "pass rewrite",
     "pass": "checkpoints constants coupling dataflow graft inline kernels masks nn pass-helper plan program rewrite "
     "rotations weights",
-    "pass-helper": "adapterhub checkpoints constants coupling dataflow graft inline kernels masks nn plan program rewrite "
-    "rotations weights",
+    "pass-helper": "adapterhub checkpoints constants coupling dataflow graft inline kernels masks nn plan program "
+    "rewrite rotations weights",
     "kernels": "",
     "kernel": "kernel-helper",
     "kernel-helper": "",

@@ -13,6 +13,7 @@ import sys
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from xml.etree import ElementTree
 
@@ -554,6 +555,64 @@ def test_without_ray_it_is_said_what_to_install(tmp_path: Path, monkeypatch: pyt
     with pytest.raises(MissingDependencyError, match=r"package 'ray'\n  hint: pip install 'fxfreeze\[search\]'"):
         search(tmp_path / "s", cluster="local")
     assert not (tmp_path / "s").exists()
+
+
+class Ray:
+    """What a search uses of Ray, in this process; the last task that was submitted ends first."""
+
+    exceptions = SimpleNamespace(RayTaskError=type("RayTaskError", (Exception,), {}), RayError=OSError)
+
+    def __init__(self, running: bool) -> None:
+        self.calls: list[Any] = []
+        self.running, self.waited = running, 0
+
+    def is_initialized(self) -> bool:
+        return self.running
+
+    def init(self, address: str, **given: Any) -> None:
+        self.calls.append(("init", address, given))
+        if address == "nowhere":
+            raise ConnectionError("nobody there")
+
+    def shutdown(self) -> None:
+        self.calls.append("shutdown")
+
+    def put(self, value: Any) -> Any:
+        return value
+
+    def remote(self, function: Any) -> Any:
+        def options(**given: Any) -> Any:
+            self.calls.append(given)
+            return SimpleNamespace(remote=lambda *args: lambda: function(*args))
+
+        return SimpleNamespace(options=options)
+
+    def wait(self, references: list[Any], num_returns: int) -> Any:
+        self.waited = max(self.waited, len(references))
+        return references[-1:], references[:-1]
+
+    def get(self, reference: Any) -> Any:
+        return reference()
+
+
+def test_a_cluster_is_given_all_that_is_ready_and_stopped_if_it_was_started(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    for name, running in (("a", False), ("b", True)):
+        ray = Ray(running)
+        monkeypatch.setitem(sys.modules, "ray", ray)
+        search(tmp_path / name, cluster="local", cpus=1, gpus=0.5)
+        assert contents(tmp_path / name) == contents(whole)
+        assert {"num_cpus": 1, "num_gpus": 0.5, "max_retries": 3} in ray.calls
+        assert ray.waited >= 4  # two replicates' tickets and controls at once
+        started = ("init", "local", {"log_to_driver": False, "include_dashboard": False})
+        assert (ray.calls[0] == started) == (ray.calls[-1] == "shutdown") == (not running)
+
+
+def test_a_cluster_that_does_not_answer_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "ray", Ray(False))
+    with pytest.raises(FxfreezeError, match="no Ray cluster answers: nobody there\n  at cluster='nowhere'"):
+        search(tmp_path / "s", cluster="nowhere")
 
 
 @pytest.fixture(scope="module")
