@@ -96,11 +96,12 @@ class AdaptedModule(nn.Module):
 
     Its parameters are the adapters', named as in adapter files. Temperatures of gates are buffers
     (``settings.<step>.temperature``), which :class:`fxfreeze.nn.TemperatureSchedule` finds, and so are the frozen
-    matrices of VeRA (``settings.<step>.vera_A``, ``vera_B``), and copies of what a spliced module holds besides trained
-    parameters (``frozen.<step>.<module path>.<leaf>``). The model's weights are
-    buffers that share memory with the model and are not part of :meth:`state_dict`: loading a state, moving the module,
-    or training it never changes them. ``train()`` and ``eval()`` make no difference: the model was captured for
-    inference, with dropout gone and batch-norm fixed, and trains that way.
+    matrices of VeRA (``settings.<step>.vera_A``, ``vera_B``), the masks of Prune
+    (``frozen.<step>.<module path>.<parameter>_mask``), and copies of what a spliced module holds besides trained
+    parameters (``frozen.<step>.<module path>.<leaf>``). The model's weights are buffers that share memory with the
+    model and are not part of :meth:`state_dict`: loading a state, moving the module, or training it never changes them.
+    ``train()`` and ``eval()`` make no difference: the model was captured for inference, with dropout gone and
+    batch-norm fixed, and trains that way.
 
     After a call, :attr:`tapped` holds what the plan's :class:`~fxfreeze.Tap` steps saw in it: ``<step>.<module path>``
     → tensor, with its gradient. A copy of the module has seen nothing.
@@ -216,9 +217,9 @@ class AdaptedModule(nn.Module):
     # ------------------------------------------------------------------ files
 
     def save_adapters(self, path: str | os.PathLike[str]) -> None:
-        """Write the adapters, the temperatures of gates, the matrices of VeRA, and what spliced modules hold besides
-        trained parameters (buffers, frozen parameters) to a safetensors file, in one step; a plan's step can name it as
-        its `weights`.
+        """Write the adapters, the temperatures of gates, the matrices of VeRA, masks, and what spliced modules hold
+        besides trained parameters (buffers, frozen parameters) to a safetensors file, in one step; a plan's step can
+        name it as its `weights`.
 
         Raises:
             PlanError: the file cannot be written.
@@ -230,7 +231,8 @@ class AdaptedModule(nn.Module):
     def load_adapters(self, path: str | os.PathLike[str]) -> None:
         """Read what :meth:`save_adapters` wrote, or any safetensors file with exactly these names; all or nothing.
 
-        A file without temperatures leaves them as they are, and so does one without any constant of spliced modules.
+        A file without temperatures leaves them as they are, and so does one without any mask or constant of spliced
+        modules.
 
         Raises:
             PlanError: a key is missing, unexpected, of another shape or kind of dtype, or holds NaN or Inf; the file

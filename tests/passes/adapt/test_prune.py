@@ -411,6 +411,31 @@ def test_a_mask_is_behind_a_splice_on_the_weight() -> None:
         fz.adapt(model, fz.Plan(plan.inputs, [fz.Prune("0", method="nm", train=True), steps[1]]))
 
 
+class Selected(nn.Module):
+    """A weight for each task."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor([1.0, -2.0, 3.0]))
+
+    def forward(self, weight: Tensor, task: Tensor) -> Tensor:
+        return weight * self.scale[task[0]]
+
+
+def test_a_weight_that_hangs_on_an_input_takes_a_mask_but_is_not_chosen_from(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, x, task = nn.Sequential(nn.Linear(8, 4)), torch.randn(3, 8), torch.tensor([1, 1, 1])
+    write_mask(tmp_path / "m.safetensors", {"0.weight": some((4, 8))})
+    splice = fz.Splice(Selected(), at="0", on="weight", select="task", tasks=3)
+    plan = fz.Plan([fz.Input("x", ("batch", 8))], [fz.Prune(mask=tmp_path / "m.safetensors"), splice])
+    net = fz.adapt(model, plan)
+    expected = x @ (model[0].weight * -2 * some((4, 8))).T + model[0].bias
+    agree(net(x, task=task), expected)
+    agree(rewrite(net, plan).program.run(x, task)[0], expected)
+    with pytest.raises(fz.PlanError, match="has a weight that hangs on the model's inputs"):
+        fz.adapt(model, fz.Plan(plan.inputs, [fz.Prune("0", method="nm"), splice]))
+
+
 # ---- training
 
 OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
