@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,13 @@ from torch import Tensor, nn
 
 import fxfreeze as fz
 from fxfreeze import weights
-from fxfreeze.api import Compilation, rewrite
+from fxfreeze.api import rewrite
 from fxfreeze.masks import read_mask, write_mask
+from fxfreeze.passes import PIPELINE
+from fxfreeze.passes.fold.delta import FoldDelta
+from fxfreeze.pipeline import proof_draws, run_passes, stage_passes
+from fxfreeze.program import Program
+from fxfreeze.rewrite import Context, Ledger
 
 IMAGE = [fz.Input("x", ("batch", 3, 9, 8))]
 
@@ -59,6 +65,20 @@ def some(shape: torch.Size | tuple[int, ...], seed: int = 0) -> Tensor:
     return torch.rand(shape, generator=torch.Generator().manual_seed(seed)) < 0.6
 
 
+@dataclass
+class Compiled:
+    program: Program
+    ledger: Ledger
+
+
+def compiled(net: fz.AdaptedModule) -> Compiled:
+    """With all constants as they will be stored, but before what is zero is removed."""
+    program, ctx = net.program(), Context(net.plan, Ledger(list(net.ledger)))
+    passes = stage_passes(PIPELINE, ("freeze", "fold", "lower"))
+    run_passes(program, passes, ctx, draws=proof_draws(program, "full"))
+    return Compiled(program, ctx.ledger)
+
+
 def disturb(net: nn.Module) -> None:
     """Parameters as far from the initial ones as training could take them."""
     generator = torch.Generator().manual_seed(1)
@@ -82,7 +102,7 @@ def held(net: fz.AdaptedModule) -> dict[str, Tensor]:
             for name, value in net.named_buffers() if name.endswith("_mask")}  # fmt: skip
 
 
-def lines(done: Compilation | fz.AdaptedModule, step: str, outcome: str) -> list[tuple[str, str, str]]:
+def lines(done: Compiled | fz.AdaptedModule, step: str, outcome: str) -> list[tuple[str, str, str]]:
     return [(row.site, row.pass_name, row.detail) for row in done.ledger if (row.step, row.outcome) == (step, outcome)]
 
 
@@ -110,7 +130,7 @@ def test_a_file_of_masks_in_every_layout(ticket: tuple[str, dict[str, Tensor]]) 
     net = fz.adapt(model, plan)
     assert not list(net.parameters()) and len(held(net)) == 7
     agree(net(x), by_hand(model, masks)(x))
-    done = rewrite(net, plan)
+    done = compiled(net)
     agree(done.program.run(x)[0], by_hand(model, masks)(x))
     assert not done.program.graph.find_nodes(op="call_function", target=torch.ops.aten.where.ScalarOther)
     for name in ("grouped.weight", "up.weight", "c1d.weight", "twice.weight"):
@@ -164,7 +184,7 @@ def test_a_tied_weight_is_masked_where_the_step_says(tmp_path: Path, at: str, em
     expected.embed.weight = nn.Parameter(model.embed.weight * mask if embeds else model.embed.weight.detach())
     net = fz.adapt(model, plan)
     agree(net(ids), expected(ids))
-    done = rewrite(net, plan)
+    done = compiled(net)
     agree(done.program.run(ids)[0], expected(ids))
     if not heads or not embeds:
         detail = next(detail for _, name, detail in lines(done, "prune", "rewritten") if name == "fold-masks")
@@ -275,7 +295,7 @@ def test_a_step_prunes_what_the_one_before_it_left() -> None:
     found = {name: value for name, value in net.named_buffers() if name.endswith("_mask")}
     one, two = found["frozen.prune.conv.weight_mask"], found["frozen.prune_2.conv.weight_mask"]
     assert float(one.float().mean()) == pytest.approx(2 / 3) and int(two.sum()) == 54 and not bool((two & ~one).any())
-    done = rewrite(net, net.plan)
+    done = compiled(net)
     model = Layers()
     x = torch.randn(2, 3, 9, 8)
     agree(done.program.run(x)[0], by_hand(model, {"conv.weight": one & two})(x))
@@ -309,7 +329,7 @@ def test_the_mask_is_on_the_merged_weight(kind: str, site: str) -> None:
     assert set(dict(net.named_parameters())) == set(dict(alone.named_parameters()))
     disturb(alone), disturb(net)
     # What the adapter alone folds to, masked by hand, is what both must compute.
-    merged = rewrite(alone, alone.plan).program.state
+    merged = compiled(alone).program.state
     mask = held(net)[f"{site}.weight"]
     expected = copy.deepcopy(model)
     with torch.no_grad():
@@ -325,7 +345,7 @@ def test_the_mask_is_on_the_merged_weight(kind: str, site: str) -> None:
     with torch.no_grad():
         expected.get_parameter(f"{site}.weight").mul_(mask)
     agree(net(x), expected(x), 1e-12)
-    done = rewrite(net, pruned)
+    done = compiled(net)
     agree(done.program.run(x)[0], expected(x), 1e-12)
     assert torch.equal(done.program.state[f"{site}.weight"] != 0, mask), "exactly zero"
     assert float(mask.double().mean()) == pytest.approx(0.5, abs=0.03)
@@ -336,9 +356,6 @@ def test_the_mask_is_on_the_merged_weight(kind: str, site: str) -> None:
 
 def rewrite_without_norm(net: fz.AdaptedModule) -> dict[str, Tensor]:
     """The constants behind the fold of the adapters alone."""
-    from fxfreeze.passes.fold.delta import FoldDelta
-    from fxfreeze.rewrite import Context
-
     program = net.program()
     FoldDelta().run(program, Context(net.plan))
     return dict(program.state)
@@ -355,7 +372,7 @@ def test_half_precision(dtype: torch.dtype, train: bool) -> None:
     assert {value.dtype for value in net.parameters()} == {torch.float32}
     disturb(net)
     x = torch.randn(5, 16, dtype=dtype)
-    done = rewrite(net, net.plan)
+    done = compiled(net)
     for name, mask in held(net).items():
         assert torch.equal(done.program.state[name] != 0, mask) and done.program.state[name].dtype == dtype
     agree(done.program.run(x)[0], net(x), 0.05)
@@ -369,7 +386,7 @@ def test_what_rounding_takes_of_an_adapter_is_not_hidden_by_what_the_mask_takes(
     with torch.no_grad():
         net.get_parameter("adapters.lora.0.lora_B").fill_(1e-4)
     with pytest.raises(fz.PassError, match=r"^lora cannot be folded into bfloat16"):
-        rewrite(net, net.plan)
+        compiled(net)
 
 
 def test_a_bank_of_adapters_stays_beside_the_masked_weight() -> None:
@@ -386,7 +403,7 @@ def test_a_bank_of_adapters_stays_beside_the_masked_weight() -> None:
             a, b = (state[f"adapters.lora.0.{leaf}"][number - 1] for leaf in ("lora_A", "lora_B"))
             expected[row] += x[row] @ a.T @ b.T
     agree(net(x, adapter=ids), expected, 1e-5)
-    done = rewrite(net, plan)
+    done = compiled(net)
     agree(done.program.run(x, ids)[0], expected, 1e-5)
     assert torch.equal(done.program.state["0.weight"] != 0, mask)
 
@@ -404,7 +421,7 @@ def test_a_mask_is_behind_a_splice_on_the_weight() -> None:
     ranked = weight.abs().unflatten(1, (2, 4)).argsort(dim=-1, descending=True)
     assert torch.equal(mask, torch.zeros(4, 2, 4).scatter(-1, ranked[..., :2], 1.0).bool().flatten(1))
     agree(net(x), x @ (weight * mask).T + model[0].bias)
-    done = rewrite(net, plan)
+    done = compiled(net)
     agree(done.program.run(x)[0], x @ (weight * mask).T + model[0].bias)
     assert not done.program.graph.find_nodes(op="call_function", target=torch.ops.aten.where.ScalarOther)
     with pytest.raises(fz.PlanError, match="changed by another step too"):
@@ -431,7 +448,7 @@ def test_a_weight_that_hangs_on_an_input_takes_a_mask_but_is_not_chosen_from(tmp
     net = fz.adapt(model, plan)
     expected = x @ (model[0].weight * -2 * some((4, 8))).T + model[0].bias
     agree(net(x, task=task), expected)
-    agree(rewrite(net, plan).program.run(x, task)[0], expected)
+    agree(compiled(net).program.run(x, task)[0], expected)
     with pytest.raises(fz.PlanError, match="has a weight that hangs on the model's inputs"):
         fz.adapt(model, fz.Plan(plan.inputs, [fz.Prune("0", method="nm"), splice]))
 
@@ -470,7 +487,7 @@ def test_weights_that_train_are_zero_where_they_are_pruned(optimizer: str) -> No
     agree(net(x), by_hand(model, masks)(x))
     losses = fit(net, OPTIMIZERS[optimizer], 6)
     assert losses[-1] < losses[0]
-    done = rewrite(net, plan)
+    done = compiled(net)
     for name in names:
         trained, mask = net.get_parameter(f"adapters.prune.{name}"), masks[name]
         assert not torch.equal(trained[~mask], before[name][~mask]), "the optimizer moved hidden entries"
@@ -503,7 +520,7 @@ def test_adapters_train_under_a_mask(optimizer: str) -> None:
     masks = {name: mask.clone() for name, mask in held(net).items()}
     losses = fit(net, OPTIMIZERS[optimizer])
     assert losses[-1] < losses[0] and all(torch.equal(mask, masks[name]) for name, mask in held(net).items())
-    state = rewrite(net, plan).program.state
+    state = compiled(net).program.state
     for name, mask in masks.items():
         assert torch.equal(state[name] != 0, mask), name
 
@@ -513,7 +530,7 @@ def test_several_steps_train_apart() -> None:
     net = fz.adapt(Layers(), fz.Plan(IMAGE, steps))
     fit(net, OPTIMIZERS["adam"])
     x = torch.randn(2, 3, 9, 8)
-    state = rewrite(net, net.plan).program
+    state = compiled(net).program
     both = [value for name, value in net.named_buffers() if name.endswith("_mask")]
     assert torch.equal(state.state["conv.weight"] != 0, both[0] & both[1])
     agree(state.run(x)[0], net(x), 1e-5)
@@ -549,7 +566,7 @@ def test_files_of_adapters_keep_the_masks(tmp_path: Path, train: bool) -> None:
     assert not torch.equal(held(fresh)["up.weight"], stored["frozen.prune.up.weight_mask"])
     fresh.load_adapters(file)
     assert torch.equal(held(fresh)["up.weight"], stored["frozen.prune.up.weight_mask"])
-    done = rewrite(fresh, plan)
+    done = compiled(fresh)
     assert torch.equal(done.program.state["up.weight"] != 0, stored["frozen.prune.up.weight_mask"])
     named = fz.Plan(IMAGE, [step.model_copy(update={"weights": str(file)}) for step in steps])
     again = fz.adapt(Layers(), named)
