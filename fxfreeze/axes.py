@@ -32,7 +32,7 @@ class Axis:
 
 
 @dataclass(frozen=True)
-class _Form:
+class Form:
     """What an axis is made of: ``sum``, one part behind the other; ``product``, the first varies slowest."""
 
     kind: Literal["sum", "product"]
@@ -44,7 +44,8 @@ class Axes:
 
     def __init__(self) -> None:
         self._same = UnionFind()
-        self._forms: dict[Axis, _Form] = {}
+        self._forms: dict[Axis, Form] = {}
+        self._found: dict[Axis, dict[Axis, Tensor]] = {}  # what `entries` said since the last equation
 
     # ---- terms
 
@@ -54,7 +55,7 @@ class Axes:
         if len(kept) == 1:
             return kept[0]
         whole = Axis(sum(_number(part) for part in kept))
-        self._forms[self._same[whole]] = _Form("sum", kept)
+        self._forms[self._same[whole]] = Form("sum", kept)
         return whole
 
     def product(self, factors: Iterable[Axis], size: Size | None = None) -> Axis:
@@ -63,7 +64,7 @@ class Axes:
         if len(kept) < 2:
             return kept[0] if kept else Axis(1)
         whole = Axis(math.prod(_number(factor) for factor in kept) if size is None else size)
-        self._forms[self._same[whole]] = _Form("product", kept)
+        self._forms[self._same[whole]] = Form("product", kept)
         return whole
 
     # ---- equations
@@ -80,6 +81,7 @@ class Axes:
             return False
         # Of two forms that fit each other either would do; a product says more of where entries are.
         form = max((item for item in (mine, other) if item), key=lambda item: item.kind == "product", default=None)
+        self._found.clear()
         self._same.union(first, second)
         self._forms.pop(first, None)
         self._forms.pop(second, None)
@@ -97,7 +99,7 @@ class Axes:
         factors = [Axis(size) for size in sizes]
         return factors if self.unify(axis, self.product(factors)) else None
 
-    def _fit(self, first: Axis, mine: _Form, second: Axis, other: _Form) -> bool:
+    def _fit(self, first: Axis, mine: Form, second: Axis, other: Form) -> bool:
         if mine.kind == other.kind == "product":
             return self._fit_products(self._factors(first), self._factors(second))
         if mine.kind == other.kind == "sum":
@@ -167,42 +169,52 @@ class Axes:
 
     # ---- answers
 
-    def leaves(self, axis: Axis) -> dict[Axis, None]:
-        """Every leaf that `axis` is made of, in order."""
-        root = self._same[axis]
-        form = self._forms.get(root)
-        if form is None:
-            return {root: None}
-        return {leaf: None for part in form.parts for leaf in self.leaves(part)}
+    def form(self, axis: Axis) -> Form | None:
+        """What `axis` is made of; None: it is a leaf."""
+        return self._forms.get(self._same[axis])
 
-    def is_counted(self, axis: Axis) -> bool:
-        """Whether all sizes of what `axis` is made of are numbers."""
-        form = self._forms.get(self._same[axis])
-        return isinstance(axis.size, int) and (form is None or all(map(self.is_counted, form.parts)))
+    def terms(self, axis: Axis) -> list[Axis]:
+        """Every leaf that `axis` is made of, in order, as often as it is."""
+        form = self.form(axis)
+        return [self._same[axis]] if form is None else [leaf for part in form.parts for leaf in self.terms(part)]
+
+    def leaves(self, axis: Axis) -> dict[Axis, None]:
+        """Every leaf that `axis` is made of, in order, once."""
+        return dict.fromkeys(self.terms(axis))
+
+    def count(self, axis: Axis) -> int:
+        """The size of an axis without its symbolic factors."""
+        if isinstance(axis.size, int):
+            return axis.size
+        form = self.form(axis)
+        return 1 if form is None else math.prod(map(self.count, form.parts))
 
     def entries(self, axis: Axis) -> dict[Axis, Tensor]:
         """For every leaf of `axis`, which of the entries of `axis` each of its own stands for.
 
-        Returns:
-            leaf → int64 [size of the leaf, entries for each], ascending along the second dim.
+        Of an axis of a symbolic size, which of those that are counted: of batch × heads, heads.
 
-        Raises:
-            ValueError: a size is symbolic.
+        Returns:
+            leaf of a size that is a number → int64 [size, entries for each], ascending along the second dim.
         """
         root = self._same[axis]
+        if root not in self._found:
+            self._found[root] = self._entries(root)
+        return self._found[root]
+
+    def _entries(self, root: Axis) -> dict[Axis, Tensor]:
         form = self._forms.get(root)
         if form is None:
-            return {root: torch.arange(_number(root)).unsqueeze(1)}
+            return {root: torch.arange(root.size).unsqueeze(1)} if isinstance(root.size, int) else {}
         found: dict[Axis, list[Tensor]] = {}
-        sizes = [_number(part) for part in form.parts]
+        sizes = [self.count(part) for part in form.parts]
         for at, part in enumerate(form.parts):
             for leaf, own in self.entries(part).items():
                 if form.kind == "sum":
                     placed = own + sum(sizes[:at])
                 else:
                     inner = math.prod(sizes[at + 1 :])
-                    outer = torch.arange(math.prod(sizes[:at])) * sizes[at] * inner
-                    placed = _spread(own, outer, inner)
+                    placed = _spread(own, torch.arange(math.prod(sizes[:at])) * sizes[at] * inner, inner)
                 found.setdefault(leaf, []).append(placed)
         return {leaf: torch.cat(own, 1).sort(1).values for leaf, own in found.items()}
 

@@ -32,15 +32,16 @@ from torch.fx import Node
 
 from .axes import Axes, Axis, Size
 from .dataflow import arguments, passage, reshape_blocks
-from .program import Program
+from .program import Program, is_random
 
 Role = Literal["row", "column", "channel"]
 Dims = list[Axis]
 """One axis per dim of a tensor."""
 
+INPUT, OUTPUT = "comes from an input", "reaches an output"
 NORMALISED, LOOKED_UP = "is normalised over", "is looked up in"
 
-_COPIES = frozenset({
+COPIES = frozenset({
     "to", "_to_copy", "type_as", "clone", "contiguous", "detach", "alias", "lift_fresh", "lift_fresh_copy", "dropout",
     "feature_dropout", "alpha_dropout", "feature_alpha_dropout", "zeros_like", "ones_like", "full_like", "empty_like",
     "masked_fill", "where", "rsub", "hardswish", "log_sigmoid", "subtract", "multiply", "divide", "true_divide",
@@ -96,6 +97,21 @@ class Group:
 
 
 @dataclass(frozen=True, eq=False)
+class Contraction:
+    """Where an operator sums over an axis, so that it is an axis of its operands and not of its result.
+
+    Attributes:
+        node: the operator.
+        axis: what is summed over. Of a convolution with groups, the channels of one of them.
+        terms: operands with a dim that `axis` is, or is a factor of; an entry counts where none of them is 0.
+    """
+
+    node: Node
+    axis: Axis
+    terms: tuple[tuple[Node, int], ...]
+
+
+@dataclass(frozen=True, eq=False)
 class Coupling:
     """The axes of all values of a program, and the groups that follow.
 
@@ -103,13 +119,20 @@ class Coupling:
         axes: every equation between them that holds.
         dims: node → one axis per dim of its value; of several values, one list for each. Constants are left out.
         constants: (name of the constant, the node that reads it) → one axis per dim.
+        contractions: every sum over an axis. What is neither summed over here nor a reason why a group stays is carried
+            from operands to results, unit by unit.
         groups: in graph order.
     """
 
     axes: Axes
     dims: dict[Node, Any]
     constants: dict[tuple[str, Node], Dims]
+    contractions: tuple[Contraction, ...]
     groups: tuple[Group, ...]
+
+    def of(self, operand: Node, reader: Node) -> Dims:
+        """The axes of a tensor that `reader` reads."""
+        return self.constants[str(operand.target), reader] if operand.op == "get_attr" else self.dims[operand]
 
 
 def coupling_groups(program: Program, *, tied: bool = True) -> list[Group]:
@@ -126,7 +149,7 @@ def coupling(program: Program, *, tied: bool = True) -> Coupling:
     """As :func:`coupling_groups`, with the axes of all values."""
     walk = _Walk(program, tied)
     walk.run()
-    return Coupling(walk.axes, walk.dims, walk.read, walk.groups())
+    return Coupling(walk.axes, walk.dims, walk.read, tuple(walk.contractions), walk.groups())
 
 
 class _Walk:
@@ -143,18 +166,19 @@ class _Walk:
         self.roles: dict[tuple[Any, int], Role] = {}
         self.blocks: list[tuple[Axis, str]] = []
         self.windows: list[Axis] = []
+        self.contractions: list[Contraction] = []
         self.node: Node = next(iter(program.graph.nodes))
 
     def run(self) -> None:
         for node in self.program.graph.nodes:
             self.node = node
             if node.op == "placeholder":
-                self.dims[node] = self.fresh(node.meta["val"].shape, "comes from an input")
+                self.dims[node] = self.fresh(node.meta["val"].shape, INPUT)
             elif node.op == "call_function":
                 self._visit(node)
             elif node.op == "output":
                 for value in node.args[0]:
-                    self.block(self.of(value), "reaches an output")
+                    self.block(self.of(value), OUTPUT)
 
     def _visit(self, node: Node) -> None:
         value = node.meta["val"]
@@ -168,7 +192,7 @@ class _Walk:
         if not any(isinstance(item, Tensor) for item in (value if isinstance(value, list | tuple) else [value])):
             return
         rule = _RULES.get(name) or (_pointwise if _is_pointwise(node, name) else None)
-        dims = None if rule is None else rule(self, node, arguments(node))
+        dims = None if rule is None or _draws(node) else rule(self, node, arguments(node))
         self.dims[node] = self._unknown(node, name) if dims is None else dims
 
     def _unknown(self, node: Node, name: str) -> Any:
@@ -245,13 +269,18 @@ class _Walk:
         """Axes that the node needs whole."""
         self.block(dims, f"{how} by {op_name(self.node)}{self._place(self.node)}")
 
+    def contract(self, axis: Axis, *terms: tuple[Node, int]) -> None:
+        """The node sums over `axis`, which is, or is a factor of, these dims of its operands."""
+        placed = tuple((operand, dim % operand.meta["val"].ndim) for operand, dim in terms)
+        self.contractions.append(Contraction(self.node, axis, placed))
+
     def role(self, operand: Any, dim: int, role: Role) -> None:
         """What a constant is to the node that is looked at, which reads it as it is or moved about."""
         reader, ndim = self.node, operand.meta["val"].ndim
         dim = dim % ndim - ndim
         while operand.op == "call_function" and operand.args and isinstance(operand.args[0], Node):
             way = passage(operand)
-            before = dim if op_name(operand) in _COPIES else way.to_operand(dim) if way is not None else None
+            before = dim if op_name(operand) in COPIES else way.to_operand(dim) if way is not None else None
             if before is None:
                 return
             reader, operand, dim = operand, operand.args[0], before
@@ -269,7 +298,8 @@ class _Walk:
 
     def groups(self) -> tuple[Group, ...]:
         reasons: dict[Axis, str] = {}
-        for axis, reason in self.blocks:
+        # What can be read, or given, from outside comes first.
+        for axis, reason in sorted(self.blocks, key=lambda block: (block[1] != OUTPUT, block[1] != INPUT)):
             for leaf in self.axes.leaves(axis):
                 reasons.setdefault(leaf, reason)
         inner = {leaf for axis in self.windows for leaf in self.axes.leaves(axis)}  # no units of anything
@@ -292,7 +322,7 @@ class _Walk:
         )  # fmt: skip
 
     def _entries(self, axis: Axis) -> dict[Axis, Tensor]:
-        return self.axes.entries(axis) if self.axes.is_counted(axis) else {}
+        return self.axes.entries(axis) if isinstance(axis.size, int) else {}
 
 
 def op_name(node: Node) -> str:
@@ -301,12 +331,25 @@ def op_name(node: Node) -> str:
     return node.name if schema is None else str(schema.name).removeprefix("aten::")
 
 
+def spatial_dims(name: str) -> int:
+    """How many dims the windows of an operator have, by its name: of adaptive_avg_pool2d 2."""
+    return int(re.findall(r"(\d)d", name)[0])
+
+
 def _size(size: Any) -> Size:
     return size if isinstance(size, int) else str(size)
 
 
 def _is_pointwise(node: Node, name: str) -> bool:
-    return name in _COPIES or torch.Tag.pointwise in getattr(node.target, "tags", ())
+    return name in COPIES or torch.Tag.pointwise in getattr(node.target, "tags", ())
+
+
+def _draws(node: Node) -> bool:
+    """Whether it draws random numbers: with fewer units all others would get other ones."""
+    if not is_random(node):
+        return False
+    given = arguments(node)
+    return bool(given.get("train", given.get("training", given.get("dropout_p", True))))
 
 
 def _at(dims: Dims, dim: int, extra: int = 0) -> int:
@@ -335,7 +378,7 @@ def _linear(walk: _Walk, node: Node, given: dict[str, Any]) -> Dims | None:
         return None
     rows, columns = weight
     *leading, features = walk.of(given["input"])
-    walk.same(features, columns)
+    walk.contract(walk.same(features, columns), (given["input"], -1), (given["weight"], 1))
     _weighted(walk, given["weight"], 0, 1)
     return [*leading, _biased(walk, given["bias"], rows)]
 
@@ -357,9 +400,10 @@ def _product(left: str, right: str, added: str | None = None) -> Rule:
 
     def rule(walk: _Walk, node: Node, given: dict[str, Any]) -> Dims:
         one, other = walk.of(given[left]), walk.of(given[right])
-        walk.same(one[-1], other[-2:][0])
+        inner = (given[left], -1), (given[right], -2 if len(other) > 1 else -1)
+        walk.contract(walk.same(one[-1], other[-2:][0]), *inner)
         walk.role(given[left], -1, "column")
-        walk.role(given[right], -2 if len(other) > 1 else -1, "column")
+        walk.role(*inner[1], "column")
         ends = [*one[-2:-1], *(other[-1:] if len(other) > 1 else [])]
         if len(one) > 1:
             walk.role(given[left], -2, "row")
@@ -385,12 +429,13 @@ def _conv(walk: _Walk, node: Node, given: dict[str, Any]) -> Dims:
     walk.windows += weight[2:]
     whole, part = weight[:2]
     if groups > 1:
-        group, _ = walk.factor(whole, [groups, int(whole.size) // groups])
+        group, own = walk.factor(whole, [groups, int(whole.size) // groups])
         other = walk.axes.product([group, part])
     else:
-        other = part
+        other, own = part, whole
     rows, columns = (other, whole) if transposed else (whole, other)
     walk.same(value[at], columns)
+    walk.contract(own if transposed else part, (given["input"], at), (given["weight"], 0 if transposed else 1))
     _weighted(walk, given["weight"], *((1, 0) if transposed else (0, 1)))
     made = walk.fresh(node.meta["val"].shape[at + 1 :], f"is made by the window of {op_name(node)}{walk._place(node)}")
     return [*value[:at], _biased(walk, given["bias"], rows), *made]
@@ -460,13 +505,10 @@ def _gate(walk: _Walk, node: Node, given: dict[str, Any]) -> Dims:
 # ---- windows
 
 
-_WINDOW = re.compile(r"(\d)d")
-
-
 def _window(walk: _Walk, node: Node, given: dict[str, Any]) -> Any:
     """Pools, paddings and resamplings of the last dims; how many is in the name."""
     name = op_name(node)
-    value, spatial = walk.of(given["self"] if "self" in given else given["input"]), int(_WINDOW.findall(name)[0])
+    value, spatial = walk.of(given["self"] if "self" in given else given["input"]), spatial_dims(name)
     kept = value[: len(value) - spatial]
     walk.over(value[len(kept) :])
     results = node.meta["val"]
@@ -560,6 +602,14 @@ def _reshaped(walk: _Walk, node: Node, given: dict[str, Any]) -> Dims:
         walk.same(whole, walk.axes.product(made, size))
         result += made
     return result
+
+
+def _squeezed(walk: _Walk, node: Node, given: dict[str, Any]) -> Dims:
+    """A dim that it leaves must keep two units."""
+    value, named = walk.of(given["self"]), given.get("dim")
+    dims = range(len(value)) if named is None else named if isinstance(named, list | tuple) else [named]
+    walk.over((value[dim] for dim in dims), "would be taken away")
+    return _reshaped(walk, node, given)
 
 
 def _permuted(walk: _Walk, node: Node, given: dict[str, Any]) -> Dims:
@@ -685,6 +735,11 @@ def _slice(walk: _Walk, node: Node, given: dict[str, Any]) -> Dims:
     return value
 
 
+def _narrowed(walk: _Walk, node: Node, given: dict[str, Any]) -> Dims:
+    end = given["start"] + given["length"] if isinstance(given["start"], int) else None
+    return _slice(walk, node, {**given, "end": end})
+
+
 def _indexed(walk: _Walk, node: Node, given: dict[str, Any]) -> Dims | None:
     """Along one dim, by an index of any shape."""
     value = walk.of(given["self"])
@@ -726,8 +781,11 @@ def _reduced(free: bool = False) -> Rule:
             range(len(value)) if named is None or named == [] else named if isinstance(named, list | tuple) else [named]
         )
         gone = {dim % len(value) for dim in dims} if value else set()
-        if not free or not _ignores_zeros(given):
-            walk.over(value[dim] for dim in gone)
+        for dim in gone:
+            if free and _ignores_zeros(given):
+                walk.contract(value[dim], (given["self"], dim))
+            else:
+                walk.over([value[dim]])
         kept = [
             Axis(1) if dim in gone else axis
             for dim, axis in enumerate(value)
@@ -763,7 +821,7 @@ def _attention(walk: _Walk, node: Node, given: dict[str, Any]) -> Dims:
     """q [.., H, L, D], k [.., H, S, D], v [.., H, S, E] → [.., H, L, E]."""
     query, key, value = (walk.of(given[name]) for name in ("query", "key", "value"))
     shape = node.meta["val"].shape
-    walk.same(query[-1], key[-1])
+    walk.contract(walk.same(query[-1], key[-1]), (given["query"], -1), (given["key"], -1))
     walk.over([walk.same(key[-2], value[-2])], NORMALISED)
     keys = walk.broadcast([key[:-2], value[:-2]], key_shape := given["key"].meta["val"].shape[:-2])
     if given.get("enable_gqa") and key_shape[-1] != shape[-3]:
@@ -788,6 +846,10 @@ def _einsum(walk: _Walk, node: Node, given: dict[str, Any]) -> Dims | None:
             if axis.size != 1 or letter not in letters:
                 known = letters.get(letter)
                 letters[letter] = axis if known is None or known.size == 1 else walk.same(known, axis)
+    for letter in sorted(letters.keys() - set(right)):
+        terms = zip(left.split(","), given["tensors"], strict=True)
+        walk.contract(letters[letter], *((tensor, at) for term, tensor in terms for at, own in enumerate(term)
+                                         if own == letter))  # fmt: skip
     return [letters[letter] for letter in right]
 
 
@@ -823,14 +885,16 @@ _RULES: dict[str, Rule] = {
     "grid_sampler": _grid_sampler, "pad": _pad, "constant_pad_nd": _pad,
     "pixel_shuffle": _pixel_shuffle, "pixel_unshuffle": _pixel_unshuffle, "channel_shuffle": _channel_shuffle,
     "im2col": _im2col, "col2im": _col2im,
-    **dict.fromkeys(("reshape", "view", "flatten", "unflatten", "unsqueeze", "squeeze"), _reshaped),
+    **dict.fromkeys(("reshape", "view", "flatten", "unflatten", "unsqueeze"), _reshaped),
+    "squeeze": _squeezed,
     "permute": _permuted, "movedim": _movedim,
     **dict.fromkeys(("transpose", "swapaxes", "swapdims", "t", "numpy_T", "mT", "adjoint"), _transposed),
     **dict.fromkeys(("expand", "expand_as", "broadcast_to"), _expanded),
     "repeat": _repeated, "tile": _repeated, "repeat_interleave": _interleaved,
     "cat": _cat, "concat": _cat, "stack": _stack,
     **dict.fromkeys(("split", "split_with_sizes", "chunk", "tensor_split"), _splits),
-    "unbind": _unbind, "select": _select, "slice": _slice, "index_select": _indexed, "index": _indexed,
+    "unbind": _unbind, "select": _select, "slice": _slice,
+    "narrow": _narrowed, "index_select": _indexed, "index": _indexed,
     **dict.fromkeys(("softmax", "log_softmax", "_softmax", "_log_softmax", "cumsum", "cumprod", "flip", "roll"), _over),
     **dict.fromkeys(("mean", "amax", "amin", "max", "min", "var", "std", "prod", "any", "all", "argmax", "argmin",
                      "logsumexp"), _reduced()),

@@ -43,6 +43,7 @@ from .lower.gates import InlineGates
 from .lower.merge import MergeConstants
 from .lower.round import Round
 from .lower.selected import InlineSelected
+from .prune.compact import Compact
 from .prune.dead_neurons import DeadNeurons
 from .prune.factorize import FactorizeLayers
 from .prune.unread_rows import UnreadRows
@@ -83,6 +84,7 @@ PIPELINE: tuple[Pass, ...] = (
     # prune: what no input can reach, what hardly adds to predictions, and what no output reads; rows last, as neurons
     # are found by what follows gates
     DeadNeurons(),
+    Compact(),
     FactorizeLayers(),
     UnreadRows(),
     # fuse: one call where a compiler sees several; what skips neurons looks for their gate, and so comes first; what is

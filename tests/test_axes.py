@@ -89,11 +89,13 @@ def test_a_symbolic_size_is_what_it_is_called() -> None:
     other, inner = Axis("s0"), Axis(4)
     assert axes.unify(flat, axes.product([other, inner], "4*s0"))
     assert axes.leaves(inner) == axes.leaves(heads) and axes.leaves(other) == axes.leaves(batch)
-    assert not axes.is_counted(flat) and axes.is_counted(heads)
+    assert axes.count(flat) == 4 and axes.count(batch) == 1
     merged = Axis("4*s0")
     assert axes.unify(merged, flat) and list(axes.leaves(merged)) == list(axes.leaves(flat))
-    with pytest.raises(ValueError, match="s0"):
-        axes.entries(flat)
+    assert listed(axes, axes.product([flat, Axis(2)], "8*s0")) == [
+        [[0, 1], [2, 3], [4, 5], [6, 7]],
+        [[0, 2, 4, 6], [1, 3, 5, 7]],
+    ]
 
 
 @pytest.mark.parametrize("seed", range(40))

@@ -90,9 +90,9 @@ TABLE: dict[str, str] = {
     "cli": "door adapt api artifact demo passes plan report rewrite _version",
     "__main__": "cli",
     "passes": "pass rewrite",
-    "pass": "checkpoints constants coupling dataflow graft inline kernels masks nn pass-helper plan program rewrite "
-    "rotations weights",
-    "pass-helper": "adapterhub checkpoints constants coupling dataflow graft inline kernels masks nn plan program "
+    "pass": "axes checkpoints constants coupling dataflow graft inline kernels masks nn pass-helper plan program "
+    "rewrite rotations weights",
+    "pass-helper": "adapterhub axes checkpoints constants coupling dataflow graft inline kernels masks nn plan program "
     "rewrite rotations weights",
     "kernels": "",
     "kernel": "kernel-helper",
