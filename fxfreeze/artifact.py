@@ -281,8 +281,8 @@ class Artifact:
             state: a LoRA of the same sites: a file that ``save_adapters`` of a module with one LoRA wrote, a folder
                 that peft wrote, any safetensors file, or tensors by name. Keys are ``<module path>.lora_A`` [rank, in]
                 and ``lora_B`` [out, rank], with or without ``adapters.<step>.`` in front, in a floating dtype; they are
-                rounded to the dtype of the layer. The rank is the plan's or smaller. A file of ours and a folder of
-                peft's say their scale, else it is the plan's.
+                rounded to the dtype of the layer. Of a convolution A is [rank, in / groups, *kernel]. The rank is the
+                plan's or smaller. A file of ours and a folder of peft's say their scale, else it is the plan's.
             select: which input is to select it, where the plan has several.
 
         Returns:
@@ -346,8 +346,10 @@ class Artifact:
                 places.setdefault((bank.step, bank.site), {})[bank.leaf] = bank
         rows: dict[str, Tensor] = {}
         for (step, site), pair in places.items():
-            (_, rank, inner), (_, _, outer) = (pair[leaf].spec.shape for leaf in ("lora_A", "lora_B"))
-            a, b = adapter.pair(steps[step], site, (int(rank), int(inner)), (int(outer), int(rank)))
+            if adapter.from_peft and (note := pair["lora_A"].note):
+                raise PlanError(f"{site} {note}", where=adapter.where)
+            a_shape, (rank, outer) = (tuple(map(int, pair[leaf].spec.shape[1:])) for leaf in ("lora_A", "lora_B"))
+            a, b = adapter.pair(steps[step], site, a_shape, (outer, rank))
             rows |= {pair["lora_A"].name: a, pair["lora_B"].name: b.T}
         adapter.finish()
         return rows

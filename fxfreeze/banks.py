@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .errors import ArtifactError
 from .plan import LoRA, Plan
-from .program import BANK, Origin, Program, TensorSpec
+from .program import BANK, BANK_NOTE, Origin, Program, TensorSpec
 from .serialize import Interface
 
 FOLDER = "adapters"
@@ -38,6 +38,7 @@ class Bank:
         select: the input by which rows choose.
         step, site, leaf: whose parameter it is.
         spec: the input; its first dim is symbolic.
+        note: why an adapter that peft trained would be none of this layer, in a sentence without a subject, or "".
     """
 
     name: str
@@ -46,12 +47,14 @@ class Bank:
     site: str
     leaf: str
     spec: TensorSpec
+    note: str = ""
 
     def to_json(self) -> dict[str, Any]:
         spec = self.spec
         return {
             "name": self.name, "select": self.select, "step": self.step, "site": self.site, "leaf": self.leaf,
             "shape": list(spec.shape), "dtype": str(spec.dtype).removeprefix("torch."), "device": str(spec.device),
+            **({"note": self.note} if self.note else {}),
         }  # fmt: skip
 
     @classmethod
@@ -59,7 +62,9 @@ class Bank:
         spec = TensorSpec(
             data["name"], getattr(torch, data["dtype"]), tuple(data["shape"]), device=torch.device(data["device"])
         )
-        return cls(data["name"], data["select"], data["step"], data["site"], data["leaf"], spec)
+        return cls(
+            data["name"], data["select"], data["step"], data["site"], data["leaf"], spec, data.get("note", "")
+        )  # fmt: skip
 
 
 def banks(program: Program, plan: Plan) -> dict[Bank, Tensor]:
@@ -73,7 +78,8 @@ def banks(program: Program, plan: Plan) -> dict[Bank, Tensor]:
         name, select, value = str(node.target), selects[origin.step], node.meta["val"]
         shape: tuple[int | str, ...] = (_dim(select, program.dims), *map(int, value.shape[1:]))
         spec = TensorSpec(name, value.dtype, shape, device=value.device)
-        bank = Bank(name, select, origin.step, origin.site, name.rpartition(".")[2], spec)
+        note = node.meta.get(BANK_NOTE, "")
+        bank = Bank(name, select, origin.step, origin.site, name.rpartition(".")[2], spec, note)
         found[bank] = program.state[name].to(value.dtype)
     return found
 

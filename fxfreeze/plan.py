@@ -318,7 +318,20 @@ class Step(Record):
 
 
 class _FromPeft(Step):
-    """A step that a peft checkpoint can hold."""
+    """A step that a peft checkpoint can hold.
+
+    Attributes:
+        one: why rows of a batch cannot select among several, where they cannot.
+    """
+
+    one: ClassVar[str | None] = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_selection(cls, data: Any) -> Any:
+        if cls.one is not None and isinstance(data, Mapping) and data.get("adapters") is not None:
+            raise refusal(("adapters", f"rows cannot select among several: {cls.one}; LoRA(adapters=...) has them"))
+        return data
 
     @classmethod
     def from_peft(cls, folder: str | os.PathLike[str]) -> Self:
@@ -379,7 +392,7 @@ class LoRA(_LowRank):
     With `adapters`, every site has as many A and B, and the model gets an input more, `select`: integers, one per row
     of the batch (the first dim of the plan's first input). 0 is the model without an adapter, k the k-th of them. They
     stay beside the weight, so that rows of one batch may differ; :meth:`fxfreeze.Artifact.add_adapter` adds more to
-    what was compiled.
+    what was compiled. Transposed convolutions are refused.
     """
 
     kind: Literal["lora"] = Field(default="lora", description="Low-rank update.", kw_only=True)
@@ -418,6 +431,8 @@ class LoRA(_LowRank):
 class DoRA(_LowRank):
     """m · (W + scale · B·A) / ‖W + scale · B·A‖, the norm per output (Liu et al. 2024)."""
 
+    one = "it divides by norms of the whole weight with that adapter in it, and adds nothing beside it"
+
     kind: Literal["dora"] = Field(
         default="dora", description="Low-rank update with a magnitude per output.", kw_only=True
     )
@@ -425,6 +440,8 @@ class DoRA(_LowRank):
 
 class IA3(_FromPeft):
     """A learned gain per feature (Liu et al. 2022)."""
+
+    one = "it scales what the frozen layer makes, and adds nothing beside it"
 
     meaning = ("side",)
 
@@ -445,6 +462,8 @@ class VeRA(_FromPeft):
     A is (rank, most inputs of any layer) and B (most outputs, rank), uniform in ±√(6 / fan in), drawn A first; a layer
     takes the first columns of A and the first rows of B that it needs, as in peft.
     """
+
+    one = "each would hold a copy of A and B, as a LoRA does: diag(λ_d)·A and diag(λ_b)·B are one"
 
     meaning = ("rank", "seed")
 
@@ -468,6 +487,8 @@ class OFT(_FromPeft):
     A block is the Cayley transform (I − Q)(I + Q)⁻¹ of a skew-symmetric Q, or, with `terms`, a truncated Neumann series
     of its inverse as peft computes it: I + 2Q + 2Q² + … + Qⁿ⁻¹.
     """
+
+    one = "it turns what the frozen layer reads, and adds nothing beside it"
 
     meaning = ("block_size", "share", "coft", "eps", "terms")
 

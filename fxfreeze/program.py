@@ -72,6 +72,8 @@ FIRES = "FIRES"
 
 BANK = "BANK"
 """`Origin.primitive` of a constant that holds one matrix of all adapters that rows select from; see banks.py."""
+BANK_NOTE = "note"
+"""What passes note in the ``meta`` of such a constant: why peft's adapter of the layer would be none of this one."""
 
 GATE_FACTS = ("kept", "neurons", "share")
 """What passes note in the ``meta`` of a gate's node: see :class:`fxfreeze.firing.GateRow`."""

@@ -174,10 +174,11 @@ class Lone:
     def __init__(self, state: str | os.PathLike[str] | Mapping[str, Tensor], where: str = "") -> None:
         metadata: dict[str, str] = {}
         self._steps: list[LoRA] = []
+        self.from_peft = False
         if isinstance(state, Mapping):
             self.stored, self.where = dict(state), where
         elif os.path.isdir(state):
-            self.where = os.fspath(state)
+            self.where, self.from_peft = os.fspath(state), True
             self.stored = self._read_peft()
         else:
             (self.stored, metadata), self.where = read(state), os.fspath(state)
@@ -207,6 +208,8 @@ class Lone:
     ) -> tuple[Tensor, Tensor]:
         """A [rank, in] and scale · B [out, rank] of `step` at `site` in float64, zeros where its rank is smaller.
 
+        Of a convolution, A has the dims of the window, too; in the file B may have them, each of size 1.
+
         Args:
             a_shape, b_shape: what they must have at the rank of `step`; None: whatever is there.
 
@@ -222,11 +225,13 @@ class Lone:
             )  # fmt: skip
         inner = a.shape[1:] if a_shape is None else a_shape[1:]
         outer = b.shape[:1] if b_shape is None else b_shape[:1]
+        b = b.flatten(1) if b.shape[2:] == (1,) * (len(inner) - 1) and b.ndim > 2 else b
         check(a_key, a, (rank, *inner), self.where)
         check(b_key, b, (*outer, rank), self.where)
         scale = self._scale(a_key, site, step)
         missing = step.rank - rank
-        return pad(a.detach().double(), (0, 0, 0, missing)), scale * pad(b.detach().double(), (0, missing))
+        filled = [0, 0] * (a.ndim - 1) + [0, missing]
+        return pad(a.detach().double(), filled), scale * pad(b.detach().double(), (0, missing))
 
     def finish(self) -> None:
         """Check that every key was asked for.

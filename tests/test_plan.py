@@ -246,6 +246,18 @@ def test_edges_that_are_fine() -> None:
          "steps[0].weights: lists 3 files, but there are 2 adapters; a list has one per adapter"),
         ({"steps": [{"kind": "lora", "at": "a", "rank": 1, "weights": ["a"]}]},
          "steps[0].weights: lists 1 files, but no adapters are asked for; a list has one per adapter"),
+        ({"steps": [{"kind": "dora", "at": "a", "rank": 1, "adapters": 2}]},
+         "steps[0].adapters: rows cannot select among several: it divides by norms of the whole weight with "
+         "that adapter in it, and adds nothing beside it; LoRA(adapters=...) has them"),
+        ({"steps": [{"kind": "ia3", "at": "a", "adapters": 2}]},
+         "steps[0].adapters: rows cannot select among several: it scales what the frozen layer makes, and "
+         "adds nothing beside it; LoRA(adapters=...) has them"),
+        ({"steps": [{"kind": "vera", "at": "a", "rank": 1, "adapters": 2}]},
+         "steps[0].adapters: rows cannot select among several: each would hold a copy of A and B, as a LoRA "
+         "does: diag(λ_d)·A and diag(λ_b)·B are one; LoRA(adapters=...) has them"),
+        ({"steps": [{"kind": "oft", "at": "a", "block_size": 2, "adapters": 2}]},
+         "steps[0].adapters: rows cannot select among several: it turns what the frozen layer reads, and adds "
+         "nothing beside it; LoRA(adapters=...) has them"),
         ({"steps": [LoRA("a", 1, adapters=2, select="x")]},
          "steps[0].select: 'x' is an input of the model; choose another name"),
         ({"steps": [LoRA("a", 1, adapters=2, select="k"), Gate("b", modes=2, select="k")]},

@@ -259,6 +259,153 @@ def test_an_artifact_without_adapters(tmp_path: Path) -> None:
         artifact.add_adapter("new", lone(3))
 
 
+# ---- embeddings and convolutions
+
+
+class Reader(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.near = nn.Embedding(11, 6), nn.Conv1d(6, 8, 3, padding=1)
+        self.image, self.far = nn.Conv2d(2, 6, 3, stride=2, groups=2), nn.Conv1d(8, 8, 3, dilation=2)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.near(self.words(ids).transpose(1, 2))
+        x = torch.tanh(self.far(x)).unflatten(1, (2, 4))
+        return self.image(x).flatten(1)
+
+
+READER = {"words": (11, 6), "near": (6, 8), "image": (1, 6), "far": (8, 8)}
+"""Site → inputs that A sees, and outputs."""
+
+
+def reader() -> Reader:
+    torch.manual_seed(1)
+    return Reader().eval()
+
+
+def reading(seed: int, rank: int = 2) -> dict[str, Tensor]:
+    """One adapter; B of a convolution has its window in one file, and lacks it in another."""
+    generator, state = torch.Generator().manual_seed(seed), {}
+    for site, (inner, outer) in READER.items():
+        window = {"words": (), "image": (3, 3)}.get(site, (3,))
+        state[f"{site}.lora_A"] = torch.randn(rank, inner, *window, generator=generator) / 2
+        ones = (1,) * len(window) if seed % 2 else ()
+        state[f"{site}.lora_B"] = torch.randn(outer, rank, *ones, generator=generator) / 2
+    return state
+
+
+@torch.no_grad()
+def read(x: Tensor, ids: Tensor, known: dict[int, Any]) -> Tensor:
+    """Every row by the model with its adapter in its weights, in float64."""
+    results = []
+    for row, id in zip(x, ids.tolist(), strict=True):
+        model = reader().double()
+        for site in READER if known[id] else ():
+            layer = model.get_submodule(site)
+            a, b = (known[id][f"{site}.lora_{leaf}"].double().flatten(1) for leaf in "AB")
+            layer.weight.data += 1.5 * ((b @ a).T if site == "words" else (b @ a).reshape(layer.weight.shape))
+        results.append(model(row[None]))
+    return torch.cat(results)
+
+
+TEXTS: dict[int, Any] = {0: None, 1: reading(1), 2: reading(2)}
+
+
+@pytest.fixture(scope="module")
+def books(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("books")
+    for k in (1, 2):
+        safetensors.torch.save_file(TEXTS[k], folder / f"{k}.safetensors")
+    paths = [str(folder / f"{k}.safetensors") for k in (1, 2)]
+    step = fz.LoRA(at="*", rank=2, alpha=3, adapters=2, weights=paths)
+    inputs = [fz.Input("ids", ("batch", 10), "int64", low=0, high=10)]
+    plan = fz.Plan(inputs, [step], targets=TARGETS, dims={"batch": fz.Dim(min=2)})
+    return fz.compile(reader(), plan).save(folder / "out")
+
+
+@pytest.fixture
+def book(books: Path, tmp_path: Path) -> fz.Artifact:
+    shutil.copytree(books, tmp_path / "out")
+    return fz.load(tmp_path / "out")
+
+
+def texts(rows: int = 6) -> Tensor:
+    return torch.randint(11, (rows, 10), generator=torch.Generator().manual_seed(4))
+
+
+def test_every_target_reads_and_takes_more_adapters(book: fz.Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, ids = texts(), torch.tensor([0, 2, 1, 1, 0, 2])
+    want = read(x, ids, TEXTS)
+    assert (want - read(x, ids.flip(0), TEXTS)).abs().max() > 0.1
+    for target in TARGETS:
+        torch.testing.assert_close(book.target(target)(x, ids).double(), want, rtol=1e-5, atol=1e-5)
+    counters.clear()
+    monkeypatch.setattr("torch._inductor.aoti_compile_and_package", None)
+    monkeypatch.setattr("torch.onnx.export", None)
+    assert book.add_adapter("third", reading(3)) == 3 and book.add_adapter("small", reading(4, rank=1)) == 4
+    x, ids = texts(7), torch.tensor([4, 3, 0, 1, 4, 2, 3])
+    want = read(x, ids, TEXTS | {3: reading(3), 4: reading(4, rank=1)})
+    for target in TARGETS:
+        torch.testing.assert_close(book.target(target)(x, ids).double(), want, rtol=1e-5, atol=1e-5)
+    assert not counters["stats"]["unique_graphs"]
+    stored = {bank.name: tuple(bank.spec.shape) for bank in book._shelf.banks}
+    assert stored["adapters.lora.image.lora_A"] == ("adapter_choices", 2, 1, 3, 3)
+    assert stored["adapters.lora.words.lora_A"] == ("adapter_choices", 2, 11)
+
+
+def test_a_file_of_a_module_with_convolutions(book: fz.Artifact, tmp_path: Path) -> None:
+    inputs = [fz.Input("ids", ("batch", 10), "int64", low=0, high=10)]
+    net = fz.adapt(reader(), fz.Plan(inputs, [fz.LoRA(at="*", rank=1, alpha=5, name="own")]), verify="off")
+    with torch.no_grad():
+        for name, value in net.named_parameters():
+            value.copy_(torch.linspace(-1, 1, value.numel()).view(value.shape).cos() * len(name) / 40)
+    net.save_adapters(tmp_path / "one.safetensors")
+    book.add_adapter("one", tmp_path / "one.safetensors")
+    torch.testing.assert_close(book.target("onnx")(texts(), torch.full((6,), 3)), net(texts()), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"near.lora_A": torch.zeros(2, 6, 2)}, r"shape \(2, 6, 2\), but \(2, 6, 3\) is needed"),
+        ({"near.lora_A": torch.zeros(2, 18)}, r"shape \(2, 18\), but \(2, 6, 3\) is needed"),
+        ({"near.lora_B": torch.zeros(8, 2, 2)}, r"shape \(8, 2, 2\), but \(8, 2\) is needed"),
+        ({"words.lora_A": torch.zeros(2, 10)}, r"shape \(2, 10\), but \(2, 11\) is needed"),
+        ({"image.lora_A": torch.zeros(3, 1, 3, 3)}, "has rank 3, but the adapters have rank 2 at most"),
+    ],
+)
+def test_adapters_that_do_not_fit_the_layers(book: fz.Artifact, change: dict[str, Tensor], message: str) -> None:
+    with pytest.raises(ArtifactError, match=message):
+        book.add_adapter("new", reading(3) | change)
+
+
+def test_peft_has_no_adapter_of_a_dilated_convolution_and_the_folder_knows(book: fz.Artifact, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    notes = {bank.site: bank.note for bank in book._shelf.banks if bank.note}
+    assert notes.keys() == {"far", "image"}
+    config = peft.LoraConfig(r=2, target_modules=["words", "near", "far"])
+    peft.get_peft_model(reader(), config).save_pretrained(tmp_path / "theirs")
+    with pytest.raises(ArtifactError, match="and peft's update of it"):
+        book.add_adapter("theirs", tmp_path / "theirs")
+
+
+def test_peft_trains_embeddings_and_convolutions(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    inputs = [fz.Input("ids", ("batch", 10), "int64", low=0, high=10)]
+    step = fz.LoRA(at=["words", "near"], rank=2, adapters=1)
+    artifact = fz.compile(reader(), fz.Plan(inputs, [step], targets=["onnx"]), verify="off")
+    theirs = peft.get_peft_model(reader(), peft.LoraConfig(r=2, lora_alpha=5, target_modules=["words", "near"]))
+    with torch.no_grad():
+        for value in theirs.parameters():
+            if value.requires_grad:
+                value.copy_(torch.linspace(-1, 1, value.numel()).view(value.shape))
+    theirs.save_pretrained(tmp_path / "theirs")
+    artifact.add_adapter("theirs", tmp_path / "theirs")
+    found = artifact(texts(), torch.full((6,), 2))
+    torch.testing.assert_close(found, theirs.eval()(texts()), rtol=1e-4, atol=1e-4)
+    assert (found - artifact(texts(), torch.zeros(6, dtype=torch.int64))).abs().max() > 0.1
+
+
 # ---- on the disk
 
 

@@ -230,22 +230,21 @@ class Source:
 
     def misfit(self, program: Program, sites: Sites, path: str) -> str | None:
         """Why what peft trained at `path` is no LoRA of that layer, in a sentence without a subject."""
-        operator = sites.operators[path][0]
-        if (path, "lora_A") not in self._peft or operator.kind != "conv" or math.prod(operator.kernel) == 1:
-            return self._mixing(operator) if (path, "lora_A") in self._peft else None
+        return peft_misfit(program, sites.operators[path][0], path) if (path, "lora_A") in self._peft else None
+
+
+def peft_misfit(program: Program, operator: WeightOperator, path: str) -> str | None:
+    """Why what peft trains at `path` is no LoRA of that layer, in a sentence without a subject."""
+    if operator.kind == "conv" and math.prod(operator.kernel) > 1:
         if any(step != 1 for step in arguments(operator.node).get("dilation", ())):
             return "is dilated, and peft's update of it is not, so that no convolution is their sum"
         before = operator.input
         pads = before.target is aten.pad.default and program.module_path(before) == path
         if pads and (mode := arguments(before)["mode"]) != "constant":
             return f"pads by {mode!r} where peft's update pads with zeros, so that no convolution is their sum"
-        return self._mixing(operator)
-
-    @staticmethod
-    def _mixing(operator: WeightOperator) -> str | None:
-        if operator.groups == 1:
-            return None
-        return f"has {operator.groups} groups, and peft's update of it mixes them, so that it is no grouped convolution"
+    if operator.groups == 1:
+        return None
+    return f"has {operator.groups} groups, and peft's update of it mixes them, so that it is no grouped convolution"
 
 
 def _uniform(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:

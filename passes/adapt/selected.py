@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,30 +12,30 @@ from torch.fx import Node
 
 from fxfreeze import weights
 from fxfreeze.errors import PlanError
-from fxfreeze.kernels.select_lora import KERNEL
+from fxfreeze.kernels import select_conv, select_lora
 from fxfreeze.plan import IA3, DoRA, LoRA
-from fxfreeze.program import Origin, Program
+from fxfreeze.program import BANK_NOTE, Origin, Program
 from fxfreeze.rewrite import Context, Pass
 
 from .._adapters import SELECTED, describe, parameter_name
-from .._operators import WeightOperator, aten
-from ._parameters import Parameter, Source, parameter_dtype, parameters
+from .._operators import WeightOperator, arguments, aten, weight_operator
+from ._parameters import Parameter, Source, parameter_dtype, parameters, peft_misfit
 from ._sites import Sites, find_sites, resolve
 
 _FLATTENS = (aten.view.default, aten.reshape.default)
-_FIRST_ROW = [0, 0, 0, 0, 1, 0]
-"""What pads a tensor of three dims with one row of zeros before its first."""
 
 
 class InsertSelected(Pass):
     """Put ``fxfreeze::select_lora`` beside each layer that a LoRA with `adapters` addresses: y = W·x + s·B[id]·A[id]·x.
 
-    A and B of all adapters train as one parameter each, ``lora_A`` [adapters, r, in] and ``lora_B`` [adapters, out, r].
-    In the graph a row of zeros stands before them: id 0 is the layer as it is.
+    A and B of all adapters train as one parameter each: those of one adapter (``lora_A`` [r, in], ``lora_B`` [out, r];
+    of a convolution [r, in / groups, *kernel] and [out, r, 1, …]) with a dim for all in front. In the graph a row of
+    zeros stands before them: id 0 is the layer as it is. An embedding's token ids are looked up in A; beside a
+    convolution stands ``fxfreeze::select_conv``.
 
     It adds to what the layer's other steps make of it, and so comes after them: a second LoRA at the site adds up with
     it in any order, an IA3 before it changes the layer alone. What would change both (a DoRA, or an IA3 after it) is
-    refused, and so are embeddings and convolutions.
+    refused, and so is a transposed convolution.
     """
 
     name, stage, exact = "insert-selected", "adapt", False
@@ -54,7 +55,7 @@ class InsertSelected(Pass):
                     site=path, step=step.name, requested=describe(step), outcome="refused", detail=f"{path} {reason}"
                 )
             _check_order(ctx, found, index, taken)
-            source = _source(step, ctx)
+            source = _source(step, ctx, program, found)
             for path in taken:
                 _insert(program, ctx, path, found.operators[path], step, source, ids)
                 count += len(found.operators[path])
@@ -81,23 +82,23 @@ def _rows(operator: WeightOperator, ids: Node) -> Node | str:
     A layer that multiplies matrices only, such as transformers' Conv1D, reads a view in which the rows of a batch and
     their tokens are one dim; what it is a view of has the rows apart.
     """
-    if operator.kind not in ("linear", "matmul"):
-        return f"is {_KINDS[operator.kind]}, and adapters are selected for linear layers only"
+    if operator.kind == "transposed":
+        return "is a transposed convolution, whose windows overlap in what it makes: none of an output's row is known"
     source = operator.input
-    if _has_rows(source, ids):
+    shape = source.meta["val"].shape
+    if operator.kind == "conv" and len(shape) != len(operator.kernel) + 2:
+        return f"reads {list(shape)}, which has no rows: it is one image, with its features first"
+    if _has_rows(source, ids) and (len(shape) > 1 or operator.kind == "embedding"):
         return source
-    before = source.args[0] if source.target in _FLATTENS else None
+    before = source.args[0] if operator.kind in ("linear", "matmul") and source.target in _FLATTENS else None
     if isinstance(before, Node) and _has_rows(before, ids) and _last(before) == _last(source):
         return before
     return f"reads {list(source.meta['val'].shape)}, whose first dim is not the rows that adapters are selected for"
 
 
-_KINDS = {"embedding": "an embedding", "conv": "a convolution", "transposed": "a transposed convolution"}
-
-
 def _has_rows(value: Node, ids: Node) -> bool:
     shape = value.meta["val"].shape
-    return len(shape) > 1 and str(shape[0]) == str(ids.meta["val"].shape[0])
+    return len(shape) > 0 and str(shape[0]) == str(ids.meta["val"].shape[0])
 
 
 def _last(value: Node) -> str:
@@ -131,13 +132,17 @@ class _Files:
 
     step: LoRA
     adapters: list[weights.Lone]
+    foreign: Callable[[str], str | None]
 
     def value(self, site: str, parameter: Parameter) -> Tensor:
         rows = []
         for adapter in self.adapters:
+            if adapter.from_peft and (reason := self.foreign(site)):
+                raise PlanError(f"{site} {reason}", where=adapter.where)
             shapes = {"a_shape" if parameter.leaf == "lora_A" else "b_shape": parameter.shape[1:]}
             a, b = adapter.pair(self.step, site, **shapes)
-            rows.append(a if parameter.leaf == "lora_A" else b / self.step.scale)
+            row = a if parameter.leaf == "lora_A" else b / self.step.scale
+            rows.append(row.reshape(parameter.shape[1:]))
         return torch.stack(rows)
 
     def finish(self) -> None:
@@ -145,9 +150,13 @@ class _Files:
             adapter.finish()
 
 
-def _source(step: LoRA, ctx: Context) -> Source | _Files:
+def _source(step: LoRA, ctx: Context, program: Program, found: Sites) -> Source | _Files:
     if isinstance(step.weights, tuple):
-        return _Files(step, [weights.Lone(path) for path in step.weights])
+
+        def foreign(site: str) -> str | None:
+            return peft_misfit(program, found.operators[site][0], site)
+
+        return _Files(step, [weights.Lone(path) for path in step.weights], foreign)
     return Source(step, ctx.plan.steps)
 
 
@@ -163,8 +172,12 @@ def _insert(
             raise PlanError(f"the model already has a parameter named {name}", where=path, hint="rename the step")
         banks[leaf] = program.add_constant(name, value, before=first, like=first)
         banks[leaf].meta["fxfreeze"] = Origin(step.name, SELECTED, path)
+        if note := peft_misfit(program, operators[0], path):
+            banks[leaf].meta[BANK_NOTE] = note
     for call, operator in enumerate(operators):
-        _beside(program, operator, banks, step, ids, Origin(step.name, SELECTED, path, call))
+        current = weight_operator(operator.node)  # read again: an insertion upstream has changed its input
+        assert isinstance(current, WeightOperator)
+        _beside(program, current, banks, step, ids, Origin(step.name, SELECTED, path, call))
     state = "untrained: the identity"
     if step.weights is not None:
         named = [step.weights] if isinstance(step.weights, str) else step.weights
@@ -172,7 +185,7 @@ def _insert(
     times = f", in {len(operators)} calls" if len(operators) > 1 else ""
     ctx.ledger.add(
         site=path, step=step.name, requested=describe(step), outcome="rewritten",
-        executes=f"{KERNEL.op} beside {first.target}", detail=state + times,
+        executes=f"{_beside_op(operators[0])} beside {first.target}", detail=state + times,
     )  # fmt: skip
 
 
@@ -201,23 +214,52 @@ def _beside(
     layer, before = operator.node, operator.node.next
     kind, shape = layer.meta["val"].dtype, layer.meta["val"].shape
 
-    def emit(target: Any, *args: Any) -> Node:
-        node = program.call(target, *args, before=before, like=layer)
+    def emit(target: Any, *args: Any, **kwargs: Any) -> Node:
+        node = program.call(target, *args, before=before, like=layer, **kwargs)
         node.meta["fxfreeze"] = origin
         return node
 
-    a, b = (emit(aten.constant_pad_nd.default, banks[leaf], _FIRST_ROW) for leaf in ("lora_A", "lora_B"))
+    a, b = banks["lora_A"], banks["lora_B"]
+    if operator.kernel:
+        b = emit(aten.flatten.using_ints, b, 2)
+    a, b = (emit(aten.constant_pad_nd.default, bank, _first_row(bank)) for bank in (a, b))
     b = emit(aten.transpose.int, b, 1, 2)
     b = b if step.scale == 1 else emit(aten.mul.Tensor, b, step.scale)
     rows = _rows(operator, ids)
     assert isinstance(rows, Node)
     wide = a.meta["val"].dtype
-    if rows.meta["val"].dtype != wide:
+    if operator.kind != "embedding" and rows.meta["val"].dtype != wide:
         rows = emit(aten.to.dtype, rows, wide)
-    delta = emit(KERNEL.op, rows, a, b, ids)
+    delta = emit(_beside_op(operator), rows, a, b, ids, **_window(operator))
     if delta.meta["val"].dim() != len(shape):
         delta = emit(aten.reshape.default, delta, [-1, operator.out_features])
     total = emit(aten.add.Tensor, layer, delta)
     total = total if total.meta["val"].dtype == kind else emit(aten.to.dtype, total, kind)
     mine = {node for node in program.graph.nodes if node.meta.get("fxfreeze") == origin}
     layer.replace_all_uses_with(total, delete_user_cb=lambda user: user not in mine)
+
+
+def _beside_op(operator: WeightOperator) -> torch._ops.OpOverload:
+    return (select_conv if operator.kernel else select_lora).KERNEL.op
+
+
+def _first_row(bank: Node) -> list[int]:
+    """What pads `bank` with one row of zeros before its first."""
+    return [0, 0] * (bank.meta["val"].dim() - 1) + [1, 0]
+
+
+def _window(operator: WeightOperator) -> dict[str, Any]:
+    """Where a convolution looks, in the words of ``select_conv``; nothing for the others."""
+    if not operator.kernel:
+        return {}
+    given, dims = arguments(operator.node), len(operator.kernel)
+    stride, dilation = (list(given[key]) * (dims if len(given[key]) == 1 else 1) for key in ("stride", "dilation"))
+    padding = given["padding"]
+    if isinstance(padding, str):
+        sizes = zip(dilation, operator.kernel, strict=True)
+        whole = [0 if padding == "valid" else far * (size - 1) for far, size in sizes]
+        pairs = [(size // 2, size - size // 2) for size in whole]
+    else:
+        pairs = [(size, size) for size in list(padding) * (dims if len(padding) == 1 else 1)]
+    return {"stride": stride, "padding": [size for pair in pairs for size in pair], "dilation": dilation,
+            "groups": operator.groups}  # fmt: skip

@@ -47,7 +47,8 @@ class SelectForm(NodeRewrite):
     Both compute the same, so this is about time only. They are timed on this machine, at the layer's own size, for the
     least and the most rows and tokens that the plan allows, and the mask is taken where it is never the slower.
 
-    Only on a CPU: on a GPU the torch target launches a kernel, which gathers.
+    Only on a CPU: on a GPU the torch target launches a kernel, which gathers. What is looked up, or convolved, has one
+    form only.
     """
 
     name, stage, targets = "select-form", "fuse", (KERNEL.op,)
@@ -61,6 +62,8 @@ class SelectForm(NodeRewrite):
     def rewrite(self, program: Program, node: Node, ctx: Context) -> bool | NoMatch:
         given = arguments(node)
         if node.meta["val"].device.type != "cpu" or given["form"] != FORMS[0]:
+            return False
+        if not given["x"].meta["val"].is_floating_point():  # looked up, in one way only
             return False
         layer = _layer(node)
         if layer.adapters * layer.rank > WIDEST:

@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from fxfreeze.inline import inline
-from fxfreeze.kernels.select_lora import KERNEL, reference
+from fxfreeze.kernels import select_conv, select_lora
 from fxfreeze.program import Program
 from fxfreeze.rewrite import Context, NodeRewrite, NoMatch
 
@@ -14,17 +14,23 @@ from .._operators import arguments
 
 
 class InlineSelected(NodeRewrite):
-    """On a CPU ``fxfreeze::select_lora`` becomes its plain-torch form; on a GPU its kernel is launched."""
+    """On a CPU they become their plain-torch form; on a GPU the kernel of ``fxfreeze::select_lora`` is launched.
 
-    name, stage, targets = "inline-selected", "lower", (KERNEL.op,)
+    That kernel multiplies. What is looked up, and what is convolved, is plain torch everywhere.
+    """
+
+    name, stage, targets = "inline-selected", "lower", (select_lora.KERNEL.op, select_conv.KERNEL.op)
 
     def rewrite(self, program: Program, node: Node, ctx: Context) -> bool | NoMatch:
-        if node.meta["val"].device.type != "cpu":
-            return False
-        given = arguments(node)
+        given, kernel = arguments(node), select_conv.KERNEL
+        if node.target is select_lora.KERNEL.op:
+            kernel = select_lora.KERNEL
+            if node.meta["val"].device.type != "cpu" and given["x"].meta["val"].is_floating_point():
+                return False
 
         def function(x: Tensor, a: Tensor, b: Tensor, ids: Tensor) -> Tensor:
-            return reference(x, a, b, ids, form=given["form"])
+            result: Tensor = kernel.reference(x, a, b, ids, **node.kwargs)
+            return result
 
         ahead = set(program.graph.nodes)
         result = inline(program, function, *(given[key] for key in ("x", "a", "b", "ids")), before=node, like=node)

@@ -66,21 +66,69 @@ def test_a_row_sees_no_other_adapter(form):
     agrees(KERNEL.op(x, a, b, ids, form=form), x, a, b, ids)
 
 
-def test_the_time_of_a_gather_does_not_depend_on_the_bank():
-    """Not timed: nothing in the graph has the size of all adapters."""
-    x, _, _, ids = draw(2, 3)
-    a, b = torch.zeros(1000, 3, 37, device="meta"), torch.zeros(1000, 3, 19, device="meta")
+# ---- words
+
+
+def words(*shape, dtype=torch.int64, vocabulary=11, **given):
+    """As `draw`, with integers for x, of which the first and the last are there."""
+    _, a, b, ids = draw(shape[0], k=vocabulary, **given)
+    x = torch.randint(vocabulary, shape, generator=torch.Generator().manual_seed(1))
+    x.view(-1)[:2] = torch.tensor([0, vocabulary - 1])[: x.numel()]
+    return x.to(dtype), a, b, ids
+
+
+def one_hot(x, a):
+    return nn.functional.one_hot(x.long(), a.shape[-1]).to(a.dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(7,), (4, 6), (3, 2, 5), (1,), (3, 0)], ids=str)
+@pytest.mark.parametrize("form", FORMS)
+def test_integers_stand_for_one_hot_vectors(form, shape, dtype):
+    x, a, b, ids = words(*shape, dtype=torch.int32 if form == "mask" else torch.int64)
+    a, b = a.to(dtype), b.to(dtype)
+    found = KERNEL.op(x, a, b, ids.int() if form == "mask" else ids, form=form)
+    agrees(found, one_hot(x, a), a, b, ids)
+
+
+def test_a_look_at_a_large_vocabulary_copies_none_of_it():
+    x, _, _, ids = words(2, 3)
+    a, b = torch.zeros(1000, 3, 50000, device="meta"), torch.zeros(1000, 3, 19, device="meta")
+    assert max(sizes(KERNEL.reference, x.to("meta"), a, b, ids.to("meta"))) < 1000
+
+
+def test_integers_are_exported_and_checked():
+    x, a, b, ids = words(4, 2)
+    torch.library.opcheck(KERNEL.op, (x, a.requires_grad_(), b.requires_grad_(), ids))
+    a, b = (value.detach().double().requires_grad_() for value in (a, b))
+    assert torch.autograd.gradcheck(lambda a, b: KERNEL.op(x, a, b, ids), (a, b))
+
+
+def sizes(function, *args):
+    """How many numbers each operator makes."""
     seen = []
 
     class Sizes(torch.utils._python_dispatch.TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             result = func(*args, **(kwargs or {}))
-            seen.append(result.numel() if isinstance(result, torch.Tensor) else 0)
+            views = {"aten.view", "aten.t", "aten.transpose", "aten.reshape", "aten._unsafe_view"}
+            if isinstance(result, torch.Tensor) and str(func.overloadpacket) not in views:
+                seen.append(result.numel())
             return result
 
     with Sizes():
-        KERNEL.reference(x.to("meta"), a, b, ids.to("meta"))
-    assert max(seen) < 1000
+        function(*args)
+    return seen
+
+
+# ---- what all share
+
+
+def test_the_time_of_a_gather_does_not_depend_on_the_bank():
+    """Not timed: nothing in the graph has the size of all adapters."""
+    x, _, _, ids = draw(2, 3)
+    a, b = torch.zeros(1000, 3, 37, device="meta"), torch.zeros(1000, 3, 19, device="meta")
+    assert max(sizes(KERNEL.reference, x.to("meta"), a, b, ids.to("meta"))) < 1000
 
 
 @pytest.mark.parametrize("grad", [False, True])
@@ -102,10 +150,15 @@ def test_gradients(form):
     ("change", "message"),
     [
         ({"form": "loop"}, r"form 'loop' is none of 'gather', 'mask'"),
-        ({"x": torch.zeros(37)}, r"x is torch.float32 of shape \[37\], not floating \[n, \.\.\., in\]"),
-        ({"x": torch.zeros(7, 37, dtype=torch.int64)}, r"x is torch.int64"),
+        (
+            {"x": torch.zeros(37)},
+            r"x is torch.float32 of shape \[37\], neither floating \[n, .*, in\] nor integers",
+        ),
+        ({"x": torch.zeros(7, 37, dtype=torch.bool)}, r"x is torch.bool"),
+        ({"x": torch.tensor(3)}, r"x is torch.int64 of shape \[\]"),
         ({"a": torch.zeros(5, 3, 36)}, r"a is torch.float32 of shape \[5, 3, 36\], not floating \[K, r, in = 37\]"),
         ({"a": torch.zeros(3, 37)}, r"a is torch.float32 of shape \[3, 37\]"),
+        ({"x": torch.zeros(7, 2).long(), "a": torch.zeros(5, 37)}, r"a is .* \[5, 37\], not floating \[K, r, in\]"),
         ({"b": torch.zeros(5, 19, 3)}, r"b is torch.float32 of shape \[5, 19, 3\], not .* \[K = 5, r = 3, out\]"),
         ({"b": torch.zeros(4, 3, 19)}, r"b is torch.float32 of shape \[4, 3, 19\]"),
         ({"b": torch.zeros(5, 3, 19).double()}, r"b is torch.float64 .* not torch.float32"),
@@ -132,23 +185,24 @@ class Layer(nn.Module):
         return torch.ops.fxfreeze.select_lora(x, a, b, ids, form=self.form)
 
 
+@pytest.mark.parametrize("given", [draw, words], ids=["floats", "words"])
 @pytest.mark.parametrize("form", FORMS)
-def test_export_and_onnx_with_any_number_of_adapters(tmp_path, form):
+def test_export_and_onnx_with_any_number_of_adapters(tmp_path, form, given):
     import onnxruntime
 
     rows, bank = torch.export.Dim("rows"), torch.export.Dim("bank", min=2)
     dims = ({0: rows}, {0: bank}, {0: bank}, {0: rows})
     with torch.no_grad():
-        exported = torch.export.export(Layer(form), tuple(draw(4, 2)), dynamic_shapes=dims)
+        exported = torch.export.export(Layer(form), tuple(given(4, 2)), dynamic_shapes=dims)
         plain = exported.run_decompositions({KERNEL.op: KERNEL.reference})
         torch.onnx.export(plain, dynamo=True, verbose=False).save(tmp_path / "m.onnx")
     session = onnxruntime.InferenceSession(tmp_path / "m.onnx")
     for count in (2, 9):
-        given = draw(6, 2, adapters=count)
+        x, a, b, ids = given(6, 2, adapters=count)
         names = [item.name for item in session.get_inputs()]
-        (y,) = session.run(None, {name: value.numpy() for name, value in zip(names, given)})
-        agrees(torch.from_numpy(y), *given)
-        agrees(exported.module()(*given), *given)
+        (y,) = session.run(None, {name: value.numpy() for name, value in zip(names, (x, a, b, ids))})
+        agrees(torch.from_numpy(y), x if given is draw else one_hot(x, a), a, b, ids)
+        agrees(exported.module()(x, a, b, ids), x if given is draw else one_hot(x, a), a, b, ids)
 
 
 # ---- GPU

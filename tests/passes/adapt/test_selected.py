@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from pathlib import Path
 from typing import Any
@@ -121,6 +122,15 @@ def test_every_row_has_its_own(net: fz.AdaptedModule) -> None:
     want = every_row(net, x, ids)
     torch.testing.assert_close(net(x, ids), want)
     assert not torch.allclose(net(x, ids), net(x, ids.flip(0)), atol=0.1)
+
+
+def test_a_layer_reads_what_the_adapters_of_the_layer_before_it_make() -> None:
+    def chain() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(8, 6), nn.Linear(6, 7), nn.Linear(7, 4)).eval()
+
+    net, (x, ids) = adapted(selected(at="*"), model=chain()), draw()
+    torch.testing.assert_close(net(x, ids).double(), by_weights(net, x.double(), ids, chain), rtol=1e-5, atol=1e-5)
 
 
 def test_compiled_every_row_has_its_own(net: fz.AdaptedModule, done: Compilation) -> None:
@@ -260,26 +270,238 @@ def test_what_would_scale_the_adapters_is_refused(steps: list[Any], message: str
         fz.adapt(network(), fz.Plan(INPUT, steps))
 
 
-def test_layers_that_are_not_linear_are_refused_with_the_reason() -> None:
+# ---- embeddings and convolutions
+
+
+class Mixed(nn.Module):
+    """Token ids through layers of every kind that is not linear, with every argument that a convolution has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words = nn.Embedding(11, 6)
+        self.line = nn.Conv1d(6, 8, 3, padding="same", dilation=2)
+        self.image = nn.Conv2d(1, 6, 3, stride=(2, 1), padding=(1, 0))
+        self.each = nn.Conv2d(6, 12, 3, padding=1, groups=6)
+        self.groups = nn.Conv2d(12, 4, (1, 3), groups=2, padding=1, padding_mode="reflect", bias=False)
+        self.point = nn.Conv2d(4, 5, 1, stride=2)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.line(self.words(ids).transpose(1, 2))
+        return self.point(torch.tanh(self.groups(self.each(torch.relu(self.image(x[:, None]))))))
+
+
+WORDS = [fz.Input("ids", shape=("batch", 12), dtype="int64", low=0, high=10)]
+EVERY = fz.LoRA(at="*", rank=2, alpha=3, adapters=ADAPTERS)
+
+
+def mixed() -> Mixed:
+    torch.manual_seed(0)
+    return Mixed().eval()
+
+
+def merged(state: dict[str, Tensor], id: int, model: nn.Module) -> nn.Module:
+    """`model` in float64, with the adapter `id` of `state` in its weights."""
+    model = model.double()
+    for name, layer in model.named_modules() if id else ():
+        if f"adapters.lora.{name}.lora_A" not in state:
+            continue
+        a, b = (state[f"adapters.lora.{name}.lora_{leaf}"][id - 1].double().flatten(1) for leaf in "AB")
+        delta = 1.5 * b @ a
+        layer.weight.data += delta.T if isinstance(layer, nn.Embedding) else delta.reshape(layer.weight.shape)
+    return model
+
+
+@torch.no_grad()
+def by_weights(net: fz.AdaptedModule, x: Tensor, ids: Tensor, model: Any = mixed) -> Tensor:
+    return torch.cat([merged(net.adapter_state(), id, model())(row[None]) for row, id in zip(x, ids.tolist())])
+
+
+def sentences(rows: int = 5, time: int = 12) -> tuple[Tensor, Tensor]:
+    ids = torch.randint(11, (rows, time), generator=torch.Generator().manual_seed(3))
+    return ids, torch.tensor([0, 2, 1, 3, 2])[:rows]
+
+
+@pytest.fixture(scope="module")
+def every() -> fz.AdaptedModule:
+    return adapted(EVERY, model=mixed(), inputs=WORDS)
+
+
+def test_embeddings_and_convolutions_start_as_the_model() -> None:
+    model, (x, ids) = mixed(), sentences()
+    net = fz.adapt(model, fz.Plan(WORDS, [EVERY]))
+    assert torch.equal(net(x, ids), model(x))
+    shapes = {name.removeprefix("adapters.lora."): tuple(value.shape) for name, value in net.adapter_state().items()}
+    assert shapes["words.lora_A"] == (3, 2, 11) and shapes["words.lora_B"] == (3, 6, 2)
+    assert shapes["groups.lora_A"] == (3, 2, 6, 1, 3) and shapes["groups.lora_B"] == (3, 4, 2, 1, 1)
+    rows = {row.site: row for row in net.ledger}
+    assert rows["words"].executes == "fxfreeze.select_lora.default beside aten.embedding.default"
+    assert rows["line"].executes == "fxfreeze.select_conv.default beside aten.conv1d.padding"
+    assert {row.outcome for row in rows.values()} == {"rewritten"} and len(rows) == 6
+
+
+def test_every_row_of_any_layer_has_its_own(every: fz.AdaptedModule) -> None:
+    (x, ids), model = sentences(), mixed().double()
+    want = by_weights(every, x, ids)
+    torch.testing.assert_close(every(x, ids).double(), want, rtol=1e-5, atol=1e-5)
+    with torch.no_grad():
+        assert (want[1:] - model(x[1:])).flatten(1).norm(dim=1).min() > 0.1
+        torch.testing.assert_close(want[0], model(x[:1])[0])
+
+
+@pytest.mark.parametrize("site", ["words", "line", "image", "each", "groups", "point"])
+def test_every_kind_of_layer_by_itself(site: str) -> None:
+    net, (x, ids) = adapted(fz.LoRA(at=site, rank=2, alpha=3, adapters=3), model=mixed(), inputs=WORDS), sentences()
+    want = by_weights(net, x, ids)
+    with torch.no_grad():
+        assert (want[1:] - mixed().double()(x[1:])).flatten(1).norm(dim=1).min() > 1e-2
+    torch.testing.assert_close(net(x, ids).double(), want, rtol=1e-5, atol=1e-5)
+
+
+def test_compiled_every_row_of_any_layer_has_its_own(every: fz.AdaptedModule) -> None:
+    done, (x, ids) = rewrite(every, every.plan), sentences()
+    torch.testing.assert_close(done.program.run(x, ids)[0].double(), by_weights(every, x, ids), rtol=1e-5, atol=1e-5)
+    assert done.lossless and not [node for node in done.program.graph.nodes if "select_" in str(node.target)]
+    state = {name.removeprefix("adapters.lora."): tuple(value.shape) for name, value in done.program.state.items()}
+    assert state["each.lora_A"] == (4, 2, 1, 3, 3) and state["each.lora_B"] == (4, 2, 12)
+    assert state["words.lora_A"] == (4, 2, 11) and state["words.lora_B"] == (4, 2, 6)
+    rows = {row.site: row for row in done.ledger if row.pass_name == "fold-selected"}
+    assert len(rows) == 6 and rows["each"].executes == "fxfreeze.select_conv.default"
+    assert not [row for row in done.ledger if row.pass_name == "select-form"]  # one form each: nothing is timed
+
+
+def test_rows_and_images_of_any_size(every: fz.AdaptedModule) -> None:
+    inputs = [fz.Input("ids", shape=("batch", "time"), dtype="int64", low=0, high=10)]
+    plan = fz.Plan(inputs, [EVERY], dims={"time": fz.Dim(min=12, max=40)})
+    net = fz.adapt(mixed(), plan, verify="off")
+    with torch.no_grad():
+        for name, value in net.named_parameters():
+            value.copy_(every.get_parameter(name))
+    done = rewrite(net, plan)
+    for rows, time in ((5, 12), (2, 19), (1, 40)):
+        x, ids = sentences(rows, time)
+        want = by_weights(net, x, ids)
+        torch.testing.assert_close(net(x, ids).double(), want, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(done.program.run(x, ids)[0].double(), want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("mutant", [Unscaled, Shifted, NoneIsOne])
+def test_the_proof_rejects_wrong_banks_of_any_layer(
+    every: fz.AdaptedModule, monkeypatch: pytest.MonkeyPatch, mutant: type[FoldSelected]
+) -> None:
+    swapped = tuple(mutant() if isinstance(item, FoldSelected) else item for item in _pipeline())
+    monkeypatch.setattr("fxfreeze.passes.PIPELINE", swapped)
+    with pytest.raises(ProofError, match="fold-selected"):
+        rewrite(every, every.plan)
+
+
+def test_only_the_adapter_that_a_row_names_gets_a_gradient_of_any_layer(every: fz.AdaptedModule) -> None:
+    x, _ = sentences(2)
+    every(x, torch.tensor([0, 2])).square().sum().backward()
+    for name, value in every.named_parameters():
+        assert value.grad is not None and not value.grad[[0, 2]].any() and value.grad[1].any(), name
+    words = every.get_parameter("adapters.lora.words.lora_A").grad
+    assert words is not None and not words[1][:, [word for word in range(11) if word not in x[1]]].any()
+    every.zero_grad(set_to_none=True)
+
+
+def test_a_layer_of_half_precision_keeps_banks_of_it() -> None:
+    model = nn.Sequential(nn.Embedding(11, 8), nn.Flatten(2), nn.Conv1d(6, 4, 3)).eval().bfloat16()
+    inputs = [fz.Input("ids", shape=("batch", 6), dtype="int64", low=0, high=10)]
+    net = adapted(fz.LoRA(at=["0", "2"], rank=2, adapters=2), model=model, inputs=inputs)
+    assert {value.dtype for value in net.parameters()} == {torch.float32}
+    done = rewrite(net, net.plan)
+    banks = {name: value.dtype for name, value in done.program.state.items() if "lora" in name}
+    assert set(banks.values()) == {torch.bfloat16} and len(banks) == 4
+    x, ids = torch.randint(11, (4, 6)), torch.tensor([0, 1, 2, 1])
+    y = done.program.run(x, ids)[0]
+    assert y.dtype == torch.bfloat16
+    torch.testing.assert_close(y, net(x, ids), rtol=0.05, atol=0.1)
+
+
+def test_an_embedding_of_one_word_per_row_and_of_words_in_int32() -> None:
+    for shape, dtype in ((("batch",), "int64"), (("batch", 2, 3), "int32")):
+        inputs = [fz.Input("ids", shape=shape, dtype=dtype, low=0, high=10)]
+        model = nn.Sequential(nn.Embedding(11, 4)).eval()
+        net = adapted(fz.LoRA(at="0", rank=2, adapters=2), model=model, inputs=inputs)
+        x = torch.randint(11, (3, *shape[1:])).to(getattr(torch, dtype))
+        a, b = (net.adapter_state()[f"adapters.lora.0.lora_{leaf}"] for leaf in "AB")
+        want = model(x) + torch.stack([
+            functional.embedding(row, a[id - 1].T) @ b[id - 1].T * (id > 0) for row, id in zip(x, (2, 0, 1))
+        ])  # fmt: skip
+        torch.testing.assert_close(net(x, torch.tensor([2, 0, 1])), want)
+        torch.testing.assert_close(rewrite(net, net.plan).program.run(x, torch.tensor([2, 0, 1]))[0], want)
+
+
+def test_layers_without_rows_are_refused_with_the_reason() -> None:
     class Other(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.words, self.conv, self.fc = nn.Embedding(5, 8), nn.Conv1d(8, 8, 1), nn.Linear(8, 4)
-            self.flat = nn.Linear(8, 4)
+            self.words, self.places, self.fc = nn.Embedding(5, 8), nn.Embedding(6, 8), nn.Linear(8, 4)
+            self.flat, self.up, self.one = nn.Linear(8, 4), nn.ConvTranspose1d(8, 8, 3), nn.Conv1d(8, 8, 1)
 
-        def forward(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-            x = self.conv(self.words(ids).transpose(1, 2)).transpose(1, 2)
-            return self.fc(x), self.flat(x.flatten(0, 1) * 2)
+        def forward(self, ids: Tensor) -> tuple[Tensor, ...]:
+            x = self.words(ids) + self.places(torch.arange(6)[None])
+            alone = self.one(x.flatten(0, 1).T)
+            return self.fc(x), self.flat(x.flatten(0, 1) * 2), self.up(x.transpose(1, 2)), alone
 
     inputs = [fz.Input("ids", shape=("batch", 6), dtype="int64", low=0, high=4)]
     net = fz.adapt(Other().eval(), fz.Plan(inputs, [fz.LoRA(at="*", rank=1, adapters=2)]))
     refused = {row.site: row.detail for row in net.ledger if row.outcome == "refused"}
-    assert "an embedding, and adapters are selected for linear layers only" in refused["words"]
-    assert "a convolution" in refused["conv"]
+    assert "places reads [1, 6], whose first dim is not the rows" in refused["places"]
+    assert "up is a transposed convolution, whose windows overlap" in refused["up"]
+    assert "one reads [8, " in refused["one"] and "it is one image, with its features first" in refused["one"]
     assert "whose first dim is not the rows" in refused["flat"]
-    assert list(net.adapter_state()) == ["adapters.lora.fc.lora_A", "adapters.lora.fc.lora_B"]
-    with pytest.raises(PlanError, match="matches nothing that LoRA can adapt:\n  words is an embedding"):
-        fz.adapt(Other().eval(), fz.Plan(inputs, [fz.LoRA(at="words", rank=1, adapters=2)]))
+    assert list(net.adapter_state()) == [
+        f"adapters.lora.{site}.lora_{leaf}" for site in ("words", "fc") for leaf in "AB"
+    ]  # fmt: skip
+    with pytest.raises(PlanError, match="matches nothing that LoRA can adapt:\n  up is a transposed"):
+        fz.adapt(Other().eval(), fz.Plan(inputs, [fz.LoRA(at="up", rank=1, adapters=2)]))
+
+
+def test_files_of_embeddings_and_convolutions(every: fz.AdaptedModule, tmp_path: Path) -> None:
+    """One each, of which the second has a smaller rank and a scale of its own."""
+    paths = [str(tmp_path / f"{number}.safetensors") for number in (1, 2, 3)]
+    for number, path in enumerate(paths, 1):
+        safetensors.torch.save_file(lone(every, number), path)
+    small = adapted(fz.LoRA(at="*", rank=1, alpha=7, name="own"), model=mixed(), inputs=WORDS)
+    small.save_adapters(paths[1])
+    plan = fz.Plan(WORDS, [fz.LoRA(at="*", rank=2, alpha=3, adapters=3, weights=paths)])
+    many, (x, _) = fz.adapt(mixed(), plan, verify="off"), sentences()
+    torch.testing.assert_close(many(x, torch.full((5,), 2)), small(x), rtol=1e-4, atol=1e-4)
+    ids = torch.tensor([1, 3, 0, 3, 1])
+    torch.testing.assert_close(many(x, ids).double(), by_weights(every, x, ids), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("layer", "message"),
+    [
+        (nn.Conv1d(4, 4, 3, dilation=2), "0 is dilated, and peft's update of it is not"),
+        (
+            nn.Conv1d(4, 4, 3, padding=1, padding_mode="reflect"),
+            "0 pads by 'reflect' where peft's update pads",
+        ),
+        (nn.Conv1d(4, 4, 3, groups=2), "0 has 2 groups, and peft's update of it mixes them"),
+        (nn.Conv1d(4, 4, 3, stride=2, padding=1), ""),
+    ],
+    ids=lambda value: "",
+)
+def test_what_peft_computes_as_no_single_layer_is_refused(layer: nn.Module, message: str, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    base = nn.Sequential(layer).eval()
+    theirs = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(r=2, target_modules=["0"]))
+    with torch.no_grad():
+        for value in theirs.parameters():
+            if value.requires_grad:
+                value.copy_(torch.linspace(-1, 1, value.numel()).view(value.shape))
+    theirs.save_pretrained(tmp_path / "one")
+    inputs = [fz.Input("x", shape=("batch", 4, 9))]
+    plan = fz.Plan(inputs, [fz.LoRA(at="0", rank=2, adapters=1, weights=[str(tmp_path / "one")])])
+    if message:
+        with pytest.raises(PlanError, match=message):
+            fz.adapt(base, plan)
+        return
+    x = torch.linspace(-2, 2, 108).view(3, 4, 9)
+    torch.testing.assert_close(fz.adapt(base, plan)(x, torch.ones(3).long()), theirs.eval()(x), rtol=1e-4, atol=1e-4)
 
 
 def test_half_precision_is_computed_in_float32_until_it_is_compiled() -> None:
@@ -314,7 +536,7 @@ def test_a_file_per_adapter_of_any_rank_and_scale(net: fz.AdaptedModule, tmp_pat
     small = fz.adapt(network(), fz.Plan(INPUT, [selected(adapters=None, rank=1, alpha=7, name="own")]), verify="off")
     with torch.no_grad():
         for value in small.parameters():
-            value.normal_()
+            value.copy_(torch.linspace(-1, 1, value.numel()).view(value.shape))
     small.save_adapters(paths[1])
     many = fz.adapt(network(), fz.Plan(INPUT, [selected(weights=paths)]), verify="off")
     torch.testing.assert_close(many(x, torch.full((5,), 2)), small(x))
