@@ -98,7 +98,7 @@ class Known:
         value = node.meta["val"]
         if node.target is operator.getitem:
             parts = self.described.get(node.args[0])  # type: ignore[arg-type]
-            return parts[node.args[1]] if isinstance(parts, list) else None
+            return parts[node.args[1]] if isinstance(parts, list) else None  # type: ignore[index]
         if isinstance(value, Tensor) and not value.is_floating_point():
             return None
         made = weight_operator(node)
