@@ -249,10 +249,13 @@ class _Walk:
         self.block([axis], f"is split by {op_name(self.node)} where that does not fit{self._place(self.node)}")
         return self.fresh(sizes, f"is a part that {op_name(self.node)} makes{self._place(self.node)}")
 
-    def factor(self, axis: Axis, sizes: Sequence[int]) -> Dims:
-        """Factors of `axis`, the first of which varies slowest."""
-        factors = [Axis(size) for size in sizes]
-        self.same(axis, self.axes.product(factors, axis.size))
+    def factor(self, axis: Axis, count: int) -> Dims:
+        """`axis` as `count` times the rest, which varies faster."""
+        if not isinstance(axis.size, int):
+            self.over([axis])
+            return self.fresh([count, f"{axis.size} / {count}"], "has a dynamic size")
+        factors = [Axis(count), Axis(axis.size // count)]
+        self.same(axis, self.axes.product(factors))
         return factors
 
     def fresh(self, shape: Sequence[Any], reason: str) -> Dims:
@@ -420,16 +423,18 @@ def _product(left: str, right: str, added: str | None = None) -> Rule:
     return rule
 
 
-def _conv(walk: _Walk, node: Node, given: dict[str, Any]) -> Dims:
+def _conv(walk: _Walk, node: Node, given: dict[str, Any]) -> Dims | None:
     """A group has its own part of the inputs and of the outputs: both are products of the groups and the rest."""
     value, weight, groups = walk.of(given["input"]), walk.of(given["weight"]), given["groups"]
+    if not isinstance(groups, int) or (groups > 1 and not isinstance(weight[0].size, int)):
+        return None  # a weight per sample
     spatial, transposed = len(weight) - 2, "transpose" in op_name(node)
     at = len(value) - 1 - spatial
     walk.over(value[at + 1 :])
     walk.windows += weight[2:]
     whole, part = weight[:2]
     if groups > 1:
-        group, own = walk.factor(whole, [groups, int(whole.size) // groups])
+        group, own = walk.factor(whole, groups)
         other = walk.axes.product([group, part])
     else:
         other, own = part, whole
@@ -465,7 +470,7 @@ def _channel_norm(walk: _Walk, node: Node, given: dict[str, Any]) -> Dims:
 def _group_norm(walk: _Walk, node: Node, given: dict[str, Any]) -> Dims:
     value = walk.of(given["input"])
     channels = value[1]
-    _, inner = walk.factor(channels, [given["num_groups"], int(channels.size) // given["num_groups"]])
+    _, inner = walk.factor(channels, given["num_groups"])
     for name in ("weight", "bias"):
         if given[name] is not None:
             walk.same(channels, walk.of(given[name])[0])
@@ -547,7 +552,7 @@ def _pad(walk: _Walk, node: Node, given: dict[str, Any]) -> Dims:
 def _pixel_shuffle(walk: _Walk, node: Node, given: dict[str, Any]) -> Dims:
     *leading, channels, height, width = walk.of(given["self"])
     after = node.meta["val"].shape
-    kept, inner = walk.factor(channels, [int(after[-3]), int(channels.size) // int(after[-3])])
+    kept, inner = walk.factor(channels, after[-3])
     walk.over([inner, height, width])
     return [*leading, kept, *walk.fresh(after[-2:], "is made by pixel_shuffle")]
 
@@ -562,7 +567,7 @@ def _pixel_unshuffle(walk: _Walk, node: Node, given: dict[str, Any]) -> Dims:
 
 def _channel_shuffle(walk: _Walk, node: Node, given: dict[str, Any]) -> Dims:
     first, channels, *spatial = walk.of(given["self"])
-    outer, inner = walk.factor(channels, [given["groups"], int(channels.size) // given["groups"]])
+    outer, inner = walk.factor(channels, given["groups"])
     return [first, walk.axes.product([inner, outer]), *spatial]
 
 
@@ -575,8 +580,7 @@ def _im2col(walk: _Walk, node: Node, given: dict[str, Any]) -> Dims:
 
 def _col2im(walk: _Walk, node: Node, given: dict[str, Any]) -> Dims:
     *leading, patches, places = walk.of(given["self"])
-    window = math.prod(given["kernel_size"])
-    channels, inner = walk.factor(patches, [int(patches.size) // window, window])
+    channels, inner = walk.factor(patches, node.meta["val"].shape[-3])
     walk.over([inner, places])
     return [*leading, channels, *walk.fresh(node.meta["val"].shape[-2:], "is made by col2im")]
 
@@ -676,6 +680,8 @@ def _times(walk: _Walk, axis: Axis, count: Any, size: Any, slow: bool) -> Axis:
 def _cat(walk: _Walk, node: Node, given: dict[str, Any]) -> Dims:
     tensors = [item for item in given["tensors"] if list(item.meta["val"].shape) != [0]]  # empty ones of any shape fit
     parts = [walk.of(item) for item in tensors]
+    if not parts:
+        return walk.fresh(node.meta["val"].shape, "is empty")
     at = given["dim"] % len(parts[0])
     rest = walk.broadcast([[*dims[:at], *dims[at + 1 :]] for dims in parts],
                           [size for dim, size in enumerate(node.meta["val"].shape) if dim != at])  # fmt: skip
@@ -824,9 +830,9 @@ def _attention(walk: _Walk, node: Node, given: dict[str, Any]) -> Dims:
     walk.contract(walk.same(query[-1], key[-1]), (given["query"], -1), (given["key"], -1))
     walk.over([walk.same(key[-2], value[-2])], NORMALISED)
     keys = walk.broadcast([key[:-2], value[:-2]], key_shape := given["key"].meta["val"].shape[:-2])
-    if given.get("enable_gqa") and key_shape[-1] != shape[-3]:
-        heads = int(keys[-1].size)
-        keys = [*keys[:-1], walk.axes.product([keys[-1], Axis(int(shape[-3]) // heads)])]
+    if given.get("enable_gqa") and _size(key_shape[-1]) != _size(shape[-3]):
+        each = int(shape[-3]) // int(key_shape[-1])
+        keys = [*keys[:-1], walk.axes.product([keys[-1], Axis(each)], _size(shape[-3]))]
     leading = walk.broadcast([query[:-2], keys], shape[:-2])
     if given["is_causal"]:
         walk.over([query[-2], key[-2]])
@@ -837,6 +843,8 @@ def _attention(walk: _Walk, node: Node, given: dict[str, Any]) -> Dims:
 
 
 def _einsum(walk: _Walk, node: Node, given: dict[str, Any]) -> Dims | None:
+    if "equation" not in given:
+        return None
     left, arrow, right = given["equation"].replace(" ", "").partition("->")
     if "." in left or not arrow or given.get("path"):
         return None

@@ -102,7 +102,12 @@ class Known:
         if isinstance(value, Tensor) and not value.is_floating_point():
             return None
         made = weight_operator(node)
-        if isinstance(made, WeightOperator) and made.kind != "embedding" and (weight := self.weight(made)) is not None:
+        if (
+            isinstance(made, WeightOperator)
+            and made.kind != "embedding"
+            and isinstance(made.groups, int)
+            and (weight := self.weight(made)) is not None
+        ):
             self.made[node] = made
             return _response(self, node, made, weight)
         name = op_name(node)
@@ -232,8 +237,10 @@ def _pointwise(known: Known, node: Node, given: dict[str, Any]) -> Tensor | None
         negative = torch.where(shaped[operands[0]] >= 0, 1.0, shaped[operands[1]])
         return shaped[operands[0]] * negative
     plain = {item: value.nan_to_num() for item, value in shaped.items()}
-    args, kwargs = torch.fx.map_arg((node.args, dict(node.kwargs)), lambda item: plain.get(item, item))
+    symbolic = [item for item in node.all_input_nodes if item not in plain]
+    args, kwargs = torch.fx.map_arg((node.args, dict(node.kwargs)), lambda item: plain.get(item, 1))
     result: Tensor = lifted_call(node, args, kwargs).cpu()
+    result = torch.full_like(result, math.nan) if symbolic else result
     for value in shaped.values():
         result = torch.where(value.isnan(), math.nan, result)
     if op_name(node) in PRODUCTS:
@@ -244,8 +251,8 @@ def _pointwise(known: Known, node: Node, given: dict[str, Any]) -> Tensor | None
 
 def _carried(known: Known, node: Node, given: dict[str, Any]) -> Tensor | None:
     """The operator itself, on the description: it treats dims of one entry as those of many."""
-    (source,) = [item for item in node.all_input_nodes if isinstance(item.meta.get("val"), Tensor)]
-    if (value := known.of(source)) is None:
+    source = node.all_input_nodes[0]
+    if (value := known.of(source)) is None or len(node.all_input_nodes) > 1:
         return None
     args, kwargs = torch.fx.map_arg((node.args, dict(node.kwargs)), lambda item: value if item is source else item)
     return lifted_call(node, args, kwargs)  # type: ignore[no-any-return]
