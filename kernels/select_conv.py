@@ -10,7 +10,8 @@ Where a group has few features, or the stride skips most places, it is the windo
 
 Measured on one core, compiled, with 4 to 17 adapters of rank 4 beside a layer from 64 to 64 features, 3×3, on 8 images
 of 56×56: 13.6 ms alone, 15 to 18 so; 30 to 41 where x meets all adapters side by side, with a mask; 61 to 65 where the
-windows are copied. Of six layers that were tried, none was faster another way.
+windows are copied. Of six layers that were tried, one was faster another way: 7×7 over 3 channels with 4 adapters,
+where the mask took 6.9 ms and this 9.2.
 
 Source: Hu et al., arXiv 2106.09685, for the update; kn2row, Vasudevan et al., arXiv 1709.03395, for the order.
 """
