@@ -149,6 +149,8 @@ def test_it_computes_what_a_smaller_model_computes(criterion: str) -> None:
     torch.testing.assert_close(net(x), expected, rtol=1e-5, atol=1e-5)
     done = rewrite(net, plan)
     torch.testing.assert_close(done.program.run(x)[0], expected, rtol=1e-5, atol=1e-5)
+    sizes = {name: value.shape for name, value in smaller(model, kept).named_parameters() if "bn" not in name}
+    assert {name: done.program.state[name].shape for name in sizes} == sizes, "what is zero is gone"
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     refused = {row.site: row.detail for row in net.ledger if row.outcome == "refused"}
     assert list(refused) == ["fc"] and "as their axis reaches an output" in refused["fc"]
