@@ -78,7 +78,9 @@ def test_the_perplexity_of_a_tied_gpt2_stays(text):
     assert row["results"]["onnx"]["differing_away_from_threshold"] == 0
     # The bank and θ, α and β are the head's own, the prototypes are the embedding.
     assert row["head_bytes"] == 4 * (48 * 32 + 3)
-    assert row["frozen_head_bytes"] == 4 * (48 * 32 + 320 * 96 + 320)
+    # Of the table, what features lack is 0 and takes a bit in the file.
+    dense = 4 * (48 * 32 + 320 * 96 + 320)
+    assert dense / 2 < row["frozen_head_bytes"] < dense
 
 
 # ---- what the runs are made of
