@@ -107,9 +107,12 @@ def _cpu() -> str:
     return "\n".join(found)
 
 
-def call(function: Callable[..., object], *args: torch.Tensor | str | int | float) -> None:
-    """Call a C function: tensors are passed as pointers, strings as char*, ints as int64_t, floats as double."""
-    function(*map(_converted, args))
+def call(function: Callable[..., int], *args: torch.Tensor | str | int | float) -> int:
+    """Call a C function: tensors are passed as pointers, strings as char*, ints as int64_t, floats as double.
+
+    Returns what it returns, an int; of a function that returns nothing, anything.
+    """
+    return function(*map(_converted, args))
 
 
 def _converted(value: torch.Tensor | str | int | float) -> object:

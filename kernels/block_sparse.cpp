@@ -5,8 +5,8 @@
 // tiles they stay in the first cache, beside the tile. Every sum is added up in the order of the tiles, whatever the
 // number of rows, threads or vectors.
 //
-// AOTInductor compiles this text at -O1 as a part of its own. The vectors are written out, but at -O1 the sums would stay
-// in memory.
+// AOTInductor compiles this text at -O1, and without contraction, as a part of its own. The vectors are written out, but
+// there the sums would stay in memory, and a product and its sum be two instructions.
 
 #include <algorithm>
 #include <cstdint>
@@ -17,7 +17,7 @@
 
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC push_options
-#pragma GCC optimize("O2")
+#pragma GCC optimize("O2", "fp-contract=fast")
 #endif
 
 namespace tiled {
@@ -173,12 +173,12 @@ bool run(void* out, const void* x, const void* tiles, const void* crow, const vo
 #pragma GCC pop_options
 #endif
 
-// `bytes` per number: 4 for float, 8 for double. `done` is 0, and nothing is written, where an index leads outside.
-extern "C" void block_sparse(void* out, int32_t* done, const void* x, const void* tiles, const void* crow,
-                                    const void* col, const void* bias, int64_t bytes, int64_t rows, int64_t inputs,
-                                    int64_t outputs, int64_t count, int64_t depth, int64_t width, int64_t threads) {
+// `bytes` per number: 4 for float, 8 for double. 0, and nothing is written, where an index leads outside, else 1.
+extern "C" int block_sparse(void* out, const void* x, const void* tiles, const void* crow, const void* col,
+                            const void* bias, int64_t bytes, int64_t rows, int64_t inputs, int64_t outputs,
+                            int64_t count, int64_t depth, int64_t width, int64_t threads) {
   const auto run = bytes == 4 ? tiled::run<float> : tiled::run<double>;
-  *done = run(out, x, tiles, crow, col, bias, {rows, inputs, outputs, count, depth, width}, threads);
+  return run(out, x, tiles, crow, col, bias, {rows, inputs, outputs, count, depth, width}, threads);
 }
 
 #ifdef FXFREEZE_AOTI
@@ -189,7 +189,7 @@ extern "C" AOTITorchError aoti_torch_cpu_block_sparse_native(AtenTensorHandle x,
   const AtenTensorHandle tensors[] = {x, tiles, crow, col, bias};
   void *data[5], *out;
   int64_t *sizes_x, *sizes_tiles, *sizes_bias;
-  int32_t dtype, done;
+  int32_t dtype;
   for (int i = 0; i < 5; ++i) AOTI_TORCH_ERROR_CODE_CHECK(aoti_torch_get_data_ptr(tensors[i], &data[i]));
   AOTI_TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(x, &sizes_x));
   AOTI_TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(tiles, &sizes_tiles));
@@ -204,9 +204,10 @@ extern "C" AOTITorchError aoti_torch_cpu_block_sparse_native(AtenTensorHandle x,
 #else
   const int64_t threads = 1;
 #endif
-  block_sparse(out, &done, data[0], data[1], data[2], data[3], data[4],
-                      dtype == aoti_torch_dtype_float32() ? 4 : 8, sizes_x[0], sizes_x[1], sizes_bias[0],
-                      sizes_tiles[0], sizes_tiles[1], sizes_tiles[2], threads);
-  return done ? AOTI_TORCH_SUCCESS : AOTI_TORCH_FAILURE;
+  const int bytes = dtype == aoti_torch_dtype_float32() ? 4 : 8;
+  return block_sparse(out, data[0], data[1], data[2], data[3], data[4], bytes, sizes_x[0], sizes_x[1], sizes_bias[0],
+                      sizes_tiles[0], sizes_tiles[1], sizes_tiles[2], threads)
+             ? AOTI_TORCH_SUCCESS
+             : AOTI_TORCH_FAILURE;
 }
 #endif

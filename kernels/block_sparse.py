@@ -205,10 +205,9 @@ def native_fake(x: Tensor, tiles: Tensor, crow: Tensor, col: Tensor, bias: Tenso
 def native_run(library: ctypes.CDLL, x: Tensor, tiles: Tensor, crow: Tensor, col: Tensor, bias: Tensor) -> Tensor:
     if not all(value.is_contiguous() for value in (x, tiles, crow, col, bias)):
         raise ValueError("block_sparse_native: takes contiguous tensors only")
-    y, done = native_fake(x, tiles, crow, col, bias), torch.empty((), dtype=torch.int32)
+    y = native_fake(x, tiles, crow, col, bias)
     sizes = (x.element_size(), *x.shape, bias.shape[0], *tiles.shape)
-    call(library.block_sparse, y, done, x, tiles, crow, col, bias, *sizes, torch.get_num_threads())
-    if not done.item():
+    if not call(library.block_sparse, y, x, tiles, crow, col, bias, *sizes, torch.get_num_threads()):
         raise ValueError("block_sparse: crow does not ascend from 0 to the number of tiles, or col is outside")
     return y
 
