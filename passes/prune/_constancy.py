@@ -29,12 +29,12 @@ from .._operators import WeightOperator, apply, arguments, weight_operator
 LIMIT = 1 << 20
 """Descriptions of more numbers than this are forgotten."""
 
-CONTINUOUS = COPIES | {
+CONTINUOUS = (COPIES - {"masked_fill", "where", "zeros_like", "ones_like", "full_like", "empty_like"}) | {
     "relu", "relu6", "hardtanh", "leaky_relu", "elu", "selu", "celu", "gelu", "silu", "mish", "softplus", "hardsigmoid",
     "sigmoid", "tanh", "erf", "softshrink", "add", "sub", "mul", "div", "neg", "abs", "exp", "expm1", "log", "log1p",
     "sqrt", "rsqrt", "reciprocal", "square", "pow", "clamp", "clamp_min", "clamp_max", "maximum", "minimum", "sin",
     "cos", "atan", "lerp", "addcmul", "addcdiv", "prelu",
-} - {"masked_fill", "where", "zeros_like", "ones_like", "full_like", "empty_like"}  # fmt: skip
+}  # fmt: skip
 PRODUCTS = frozenset({"mul", "multiply"})
 
 

@@ -413,6 +413,7 @@ LIVE: dict[str, Callable[..., Any]] = {
     "read elsewhere": lambda m, x: m.b(F.relu(m.a(x) + m.c(x))) + m.d(m.a(x) + m.c(x)),
     "a jump": lambda m, x: m.b((m.a(x) >= 0).float() * m.c(x)),
     "divided": lambda m, x: m.b(m.c(x) / (1 + m.a(x))),
+    "chosen": lambda m, x: m.b(torch.where(x[:, :1] > 0, m.a(x), m.c(x)).masked_fill(x[:, :1] > 1, 0.5)),
 }
 
 
