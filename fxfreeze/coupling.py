@@ -145,6 +145,11 @@ def coupling_groups(program: Program, *, tied: bool = True) -> list[Group]:
     return list(coupling(program, tied=tied).groups)
 
 
+def is_part(group: Group) -> bool:
+    """Whether all that its units have entries in has others, too: then none of them has to stay."""
+    return all(value.entries.numel() < value.node.meta["val"].shape[value.dim] for value in group.values)
+
+
 def coupling(program: Program, *, tied: bool = True) -> Coupling:
     """As :func:`coupling_groups`, with the axes of all values."""
     walk = _Walk(program, tied)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from fxfreeze.coupling import Group, Member, coupling_groups
+from fxfreeze.coupling import Group, Member, coupling_groups, is_part
 from fxfreeze.errors import PlanError
 from fxfreeze.plan import Prune
 from fxfreeze.program import Program
@@ -233,15 +233,12 @@ def choose(
     Raises:
         PlanError: even with the fewest channels more multiply-accumulates stay.
     """
-    orders = [score.sort(descending=True, stable=True).indices for score in worth]
     counts = _counts_by_share if step.scope == "layer" else _counts_by_rank(worth)
     sizes = [channels.size for channels in found]
-    work = Work(program, places, found)
+    work, bundles = Work(program, places, found), _bundles(found)
 
     def masks(removed: int) -> list[Tensor]:
-        kept = [_rounded(count, size, step.multiple) for count, size in zip(counts(sizes, removed), sizes, strict=True)]
-        return [torch.zeros(size, dtype=torch.bool).scatter_(0, order[:count], True)
-                for size, order, count in zip(sizes, orders, kept, strict=True)]  # fmt: skip
+        return _kept(counts(sizes, removed), worth, bundles, step.multiple)
 
     def fits(removed: int) -> bool:
         chosen = masks(removed)
@@ -286,9 +283,66 @@ def _alive(count: int, entries: Tensor, stays: Tensor) -> Tensor:
     return torch.ones(count, dtype=torch.bool).index_fill_(0, entries[~stays].flatten(), False)
 
 
-def _rounded(count: int, size: int, multiple: int) -> int:
-    """The nearest multiple, at least one and at most all there are."""
-    return size if count >= size else min(size, max(multiple, multiple * int(count / multiple + 0.5)))
+@dataclass(frozen=True)
+class _Bundle:
+    """Groups that the same layers make, between channels of others: so many of them stay that those layers' widths are
+    round.
+
+    Attributes:
+        groups: their indices.
+        layers: of every layer that makes them, how many of its features no group has, and the other groups that have
+            some, with how many each of their channels has.
+    """
+
+    groups: tuple[int, ...]
+    layers: tuple[tuple[int, tuple[tuple[int, int], ...]], ...] = ()
+
+    def base(self, done: Mapping[int, int]) -> int:
+        """How many features the layers have already, from what other groups keep: the fewest that one has."""
+        return min(
+            (rest + sum(done.get(at, 0) * each for at, each in others) for rest, others in self.layers), default=0
+        )
+
+
+def _bundles(found: Sequence[Channels]) -> list[_Bundle]:
+    """All groups, those that many layers make first."""
+    makers: dict[Place, list[tuple[int, int]]] = {}
+    together: dict[Any, list[int]] = {}
+    for at, channels in enumerate(found):
+        for place, entries in channels.rows.items():
+            makers.setdefault(place, []).append((at, entries.shape[1]))
+        together.setdefault(frozenset(channels.rows) if is_part(channels.group) else at, []).append(at)
+
+    def bundle(groups: Sequence[int]) -> _Bundle:
+        first, layers = found[groups[0]], []
+        for place in first.rows if is_part(first.group) else ():
+            held = sum(found[at].size * each for at, each in makers[place])
+            others = tuple((at, each) for at, each in makers[place] if at not in groups)
+            layers.append((cast(WeightOperator, place.operator).out_features - held, others))
+        return _Bundle(tuple(groups), tuple(layers))
+
+    return [bundle(groups) for groups in sorted(together.values(), key=lambda groups: -len(found[groups[0]].rows))]
+
+
+def _kept(counts: Sequence[int], worth: Sequence[Tensor], bundles: Sequence[_Bundle], multiple: int) -> list[Tensor]:
+    """Which channels of every group stay, when about `counts` of them shall."""
+    kept = [torch.zeros(len(score), dtype=torch.bool) for score in worth]
+    done: dict[int, int] = {}
+    for bundle in bundles:
+        values = torch.cat([worth[at] for at in bundle.groups])
+        count = _rounded(sum(counts[at] for at in bundle.groups), len(values), multiple, bundle.base(done))
+        stays = torch.zeros(len(values), dtype=torch.bool)
+        stays[values.sort(descending=True, stable=True).indices[:count]] = True
+        for at, mask in zip(bundle.groups, stays.split([len(worth[at]) for at in bundle.groups]), strict=True):
+            kept[at], done[at] = mask, int(mask.sum())
+    return kept
+
+
+def _rounded(count: int, size: int, multiple: int, base: int = 0) -> int:
+    """As many that `base` and they are the nearest multiple; at least one multiple, and at most all there are."""
+    if count >= size:
+        return size
+    return min(size, max(0, max(multiple, multiple * int((base + count) / multiple + 0.5)) - base))
 
 
 Counts = Callable[[Sequence[int], int], list[int]]

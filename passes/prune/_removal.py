@@ -31,7 +31,8 @@ def remove(program: Program, found: Coupling, kept: Mapping[Axis, Tensor]) -> No
 
     Args:
         found: the coupling of `program` as it is, constants that several operators read tied.
-        kept: leaf → bool [units], at least one of them True. The others of a group without a reason to stay go.
+        kept: leaf → bool [units]. The others of a group without a reason to stay go; all of them may only where every
+            value has other entries.
 
     Raises:
         PassError: an operator has a shape other than its axes say; the program is then unusable.
@@ -47,6 +48,8 @@ def remove(program: Program, found: Coupling, kept: Mapping[Axis, Tensor]) -> No
     for node in calls:
         program.infer(node)
         removal.check(node)
+        if _SIZES.get(op_name(node)) is _pad and not any(arguments(node)["pad"]):
+            program.replace(node, arguments(node)["self"])
 
 
 def pick(program: Program, constant: Node, edit: Edit) -> Tensor:

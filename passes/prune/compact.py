@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from fxfreeze.constants import Edit
-from fxfreeze.coupling import INPUT, OUTPUT, Coupling, Group, coupling
+from fxfreeze.coupling import INPUT, OUTPUT, Coupling, Group, coupling, is_part
 from fxfreeze.errors import PassError
 from fxfreeze.program import Program
 from fxfreeze.rewrite import Context, Outcome, Pass
@@ -29,7 +29,8 @@ class Compact(Pass):
     entries are 0 there, for every input: their rows and biases are, and everything behind them keeps 0; or if the
     weight has columns of 0 for them, in all rows that are read themselves. If they are another number each, the same
     for every input and position, what they add up to goes into the bias, which is made where there is none; not into a
-    convolution that pads, where the edges would be others. Of a group of which no unit counts one stays.
+    convolution that pads, where the edges would be others. Of a group of which no unit counts one stays, unless
+    everything that they have entries in has others, too.
 
     What goes with the units: rows, columns, biases, parameters of norms, per-channel constants; and the sizes that
     reshapes, splits, expansions and groups name. Neurons of a gate are the business of ``dead-neurons``.
@@ -102,7 +103,7 @@ def _judge(program: Program, reading: Reading, group: Group) -> _Verdict | None:
         gone, reason = torch.zeros_like(free), group.reason
     elif not bool(free.any()):
         reason = next(str(site.stuck) for site in sites if site.stuck and bool((fixed & ~site.silent).any()))
-    elif bool(gone.all()):
+    elif bool(gone.all()) and not is_part(group):
         gone[int(silent.to(torch.int8).argmax())] = False  # one that needs no fold, if there is one
         reason = "; one has to stay"
     return _Verdict(group, sites, gone, gone & ~silent, silent & ~unread, unread, fixed & ~silent, reason)

@@ -243,6 +243,46 @@ def test_a_group_smaller_than_the_multiple_stays_whole() -> None:
     assert {first: int(mask.sum()) for first, mask in kept.items()} == {"stem": 16, "a.conv1": 12, "b.conv1": 16}
 
 
+class Wider(nn.Module):
+    """Twice as many channels behind a shortcut that pads with zeros: three groups make the wide layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem, self.a, self.b = (
+            nn.Conv2d(width, count, 3, padding=1) for width, count in ((3, 8), (8, 16), (16, 16))
+        )
+        self.fc = nn.Linear(16, 5)
+        with torch.no_grad():
+            for layer in (self.a, self.b):  # what is behind the zeros in front is worth least
+                layer.weight[:4] *= 0.8
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.stem(x))
+        x = torch.relu(nn.functional.pad(x, (0, 0, 0, 0, 4, 4)) + self.a(x))
+        return self.fc(torch.relu(x + self.b(x)).mean((2, 3)))
+
+
+def widths_of_wider(multiple: int, flops: float) -> tuple[list[int], list[int]]:
+    """Which channels of the stem stay, and which of the wide layers."""
+    masks = held(prune(fz.Prune(method="channel", flops=flops, multiple=multiple), Wider()))
+    stem, a, b = (masks[f"{name}.weight"].flatten(1).any(1).nonzero().flatten().tolist() for name in ("stem", "a", "b"))
+    assert a == b
+    return stem, a
+
+
+@pytest.mark.parametrize("flops", [0.4, 0.9])
+def test_what_only_widens_goes_whole_where_that_makes_the_width_round(flops: float) -> None:
+    assert widths_of_wider(8, flops) == (list(range(8)), list(range(4, 12)))
+
+
+@pytest.mark.parametrize("flops", [0.3, 0.5, 0.8])
+def test_layers_that_several_groups_make_have_round_widths(flops: float) -> None:
+    stem, wide = widths_of_wider(4, flops)
+    assert len(stem) % 4 == len(wide) % 4 == 0 < len(stem) <= len(wide)
+    assert {channel + 4 for channel in stem} == set(wide) & set(range(4, 12))
+
+
 def test_all_but_one_may_go() -> None:
     kept = stays(prune(fz.Prune(method="channel", density=0.01)))
     assert [int(mask.sum()) for mask in kept.values()] == [1, 1, 1]
@@ -405,12 +445,15 @@ def test_entries_of_heads_go_from_all_heads() -> None:
 
 
 @pytest.mark.parametrize(
-    ("count", "size", "multiple", "rounded"),
-    [(13, 20, 8, 16), (11, 20, 8, 8), (12, 20, 8, 16), (1, 20, 8, 8), (20, 20, 8, 20), (19, 20, 8, 16), (23, 23, 8, 23),
-     (22, 23, 8, 23), (0, 20, 1, 1), (3, 6, 8, 6), (7, 20, 1, 7)],
+    ("count", "size", "multiple", "base", "rounded"),
+    [(13, 20, 8, 0, 16), (11, 20, 8, 0, 8), (12, 20, 8, 0, 16), (1, 20, 8, 0, 8), (20, 20, 8, 0, 20),
+     (19, 20, 8, 0, 16), (23, 23, 8, 0, 23), (22, 23, 8, 0, 23), (0, 20, 1, 0, 1), (3, 6, 8, 0, 6), (7, 20, 1, 0, 7),
+     (3, 8, 8, 8, 0), (4, 8, 8, 8, 8), (0, 8, 1, 8, 0), (1, 20, 8, 3, 5), (9, 20, 8, 3, 13), (1, 20, 8, 9, 0)],
 )  # fmt: skip
-def test_counts_are_rounded_to_the_nearest_multiple(count: int, size: int, multiple: int, rounded: int) -> None:
-    assert _rounded(count, size, multiple) == rounded
+def test_counts_are_rounded_to_the_nearest_multiple(
+    count: int, size: int, multiple: int, base: int, rounded: int
+) -> None:
+    assert _rounded(count, size, multiple, base) == rounded
 
 
 def test_a_step_behind_another_one() -> None:
