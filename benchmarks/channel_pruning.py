@@ -60,11 +60,10 @@ class Subject:
 
 
 def cases(options: Options) -> Iterator[Case]:
-    small = functools.partial(Subject, "ResNet-20", functools.cache(models.resnet20), (3, 32, 32))
+    small = functools.partial(Subject, "ResNet-20", functools.cache(models.resnet20), (3, 32, 32), 0.5)
     resnet18 = functools.cache(lambda: models.resnet("resnet18", options.seed))
     large = Subject("ResNet-18", resnet18, (3, 224, 224), flops=0.5, multiple=16)
-    subjects = [small(flops=0.5, multiple=8)] if options.quick else [
-        small(flops=0.5, multiple=8), small(flops=0.65, multiple=16), large]  # fmt: skip
+    subjects = [small(16)] if options.quick else [small(16), small(8), large]
     for subject in subjects:
         yield work_case(subject)
         for target in TARGETS:
