@@ -21,6 +21,7 @@ from torch.fx import GraphModule, Node
 
 from .errors import EmitError
 from .exporting import dynamic_shapes, quiet, summary
+from .integers import has_integers, with_integers
 from .program import Program, is_effectful
 from .sampling import sample_inputs, tracing_sizes
 
@@ -48,12 +49,14 @@ class Lowering:
 
     @cached_property
     def native(self) -> ExportedProgram:
-        """As `exported`, with the C++ form of operators of ours where it supports the arguments; for AOTInductor."""
-        table = natives()
-        if not any(node.target in table for node in self.program.graph.nodes):
+        """As `exported`, with the C++ form of operators of ours where it supports the arguments, and torch's own where
+        they quantize; for AOTInductor."""
+        table, quantized = natives(), has_integers(self.program)
+        if not quantized and not any(node.target in table for node in self.program.graph.nodes):
             return self.exported
-        exported = export(self.program, table=references() | table, examples=self.examples)
-        return exported if shims(exported) else self.exported
+        program = with_integers(self.program) if quantized else self.program
+        exported = export(program, table=references() | table, examples=self.examples)
+        return exported if quantized or shims(exported) else self.exported
 
 
 def references() -> dict[Any, Callable[..., Any]]:

@@ -66,8 +66,9 @@ TABLE: dict[str, str] = {
     "inline": "program",
     "proof": "constants program sampling",
     "pipeline": "constants dataflow passes plan program proof rewrite sampling",
-    "lower": "exporting kernels program sampling",
-    "emit": "binding exporting lower program sampling serialize",
+    "integers": "exporting program",
+    "lower": "exporting integers kernels program sampling",
+    "emit": "binding exporting integers lower program sampling serialize",
     "margin": "constants lower program proof",
     "banks": "plan program serialize",
     "parity": "binding constants emit margin plan program proof report sampling",
@@ -97,7 +98,7 @@ TABLE: dict[str, str] = {
     "kernels": "",
     "kernel": "kernel-helper",
     "kernel-helper": "",
-    "benchmarks": "door kernel nn plan",
+    "benchmarks": "capture coupling door kernel nn plan",
 }
 
 GROUPS = {"kernels": {"kernels", "kernel", "kernel-helper"}}

@@ -138,7 +138,16 @@ def test_wheel_metadata(archives: tuple[Path, Path]) -> None:
     assert metadata["Version"] == version["__version__"]
     assert metadata["License-Expression"] == "Apache-2.0"
     assert "Apache License" in licence and "END OF TERMS AND CONDITIONS" in licence
-    assert set(metadata.get_all("Provides-Extra", [])) == {"onnx", "demo", "search", "test", "dev", "bench", "all"}
+    assert set(metadata.get_all("Provides-Extra", [])) == {
+        "onnx",
+        "demo",
+        "int8",
+        "search",
+        "test",
+        "dev",
+        "bench",
+        "all",
+    }
     assert "fxfreeze = fxfreeze.cli:main" in points
 
 

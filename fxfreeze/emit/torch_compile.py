@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from ..exporting import quiet
+from ..integers import has_integers, with_integers
 from ..lower import Lowering, emit_error
 from ..program import TensorSpec
 from ..serialize import Interface, load_program, save_program
@@ -40,6 +41,8 @@ def emit(lowering: Lowering, folder: Path) -> dict[str, Any]:
 def load(folder: Path, interface: Interface) -> CompiledProgram:
     """Read the Program; nothing is compiled yet. Raises ArtifactError for files that do not hold one."""
     program = load_program(folder, shapes=False)
+    if has_integers(program):
+        program = with_integers(load_program(folder))
     return CompiledProgram(program.graph_module(), interface)
 
 

@@ -1,0 +1,96 @@
+"""int8 on CPUs, in torch.compile and in AOTInductor: arithmetic in integers, by oneDNN's kernels.
+
+Inductor knows those kernels (``onednn::qconv_pointwise``, ``onednn::qlinear_pointwise``). What finds them in a graph
+are patterns that start from the operators ``quantized_decomposed::*``; newer versions of torch leave them to torchao.
+Our operators become those here, with scales that are numbers. Where no pattern fits, the graph still computes the
+same, in floats: hence the code that was generated is counted, and not the graph (:func:`count_calls`).
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import re
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from .errors import MissingDependencyError
+from .exporting import quiet
+from .program import Program
+
+_REGISTER = "_register_quantization_weight_pack_pass"
+_CALL = re.compile(r"aoti_torch_cpu__(qconv|qlinear)\w*\(")
+
+
+def has_integers(program: Program) -> bool:
+    """Whether `program` quantizes activations, on a CPU."""
+    on_cpu = all(spec.device.type == "cpu" for spec in program.inputs)
+    return on_cpu and any(_is_ours(node, "quantize") for node in program.graph.nodes)
+
+
+def with_integers(program: Program) -> Program:
+    """A copy in which what is quantized by constant scales, per tensor or per channel, is so by torch's operators.
+
+    Raises:
+        MissingDependencyError: torchao is not installed.
+    """
+    _register_patterns()
+    program = program.clone()
+    for node in list(program.graph.nodes):
+        target, args = _replacement(program, node)
+        if target is not None:
+            program.replace(node, program.call(target, *args, before=node, like=node))
+    program.sweep()
+    return program
+
+
+def count_calls(package: Path) -> int:
+    """How many calls of oneDNN's integer kernels the C++ in an AOTInductor package makes."""
+    with zipfile.ZipFile(package) as archive:
+        sources = [archive.read(name).decode(errors="replace") for name in archive.namelist() if name.endswith(".cpp")]
+    # A declaration has a type in front; a call stands within the macro that checks its result.
+    return sum(len(_CALL.findall(source)) for source in sources)
+
+
+def _is_ours(node: Node, name: str) -> bool:
+    return node.op == "call_function" and str(node.target) == f"fxfreeze.{name}.default"
+
+
+def _replacement(program: Program, node: Node) -> tuple[Any, tuple[Any, ...]]:
+    """The operator to call instead, and its arguments; None: it stays as it is."""
+    if not (_is_ours(node, "quantize") or _is_ours(node, "dequantize")):
+        return None, ()
+    ops = torch.ops.quantized_decomposed
+    value, scale, zero, axis, block = node.args[:5]
+    values = [program.state.tensor(str(item.target)) if item.op == "get_attr" else None for item in (scale, zero)]  # type: ignore[union-attr]
+    if values[0] is None or values[1] is None or block:
+        return None, ()
+    dtype = (node if _is_ours(node, "quantize") else value).meta["val"].dtype  # type: ignore[union-attr]
+    low, high = torch.iinfo(dtype).min, torch.iinfo(dtype).max
+    if values[0].ndim == 0:
+        numbers = (float(values[0]), int(values[1]))
+        if _is_ours(node, "quantize"):
+            return ops.quantize_per_tensor.default, (value, *numbers, *node.args[5:7], dtype)
+        return ops.dequantize_per_tensor.default, (value, *numbers, low, high, dtype)
+    if _is_ours(node, "quantize"):
+        return None, ()
+    return ops.dequantize_per_channel.default, (value, scale, zero, axis, low, high, dtype)
+
+
+@functools.cache
+def _register_patterns() -> None:
+    """Once in a process: they are Inductor's from then on."""
+    importlib.import_module("torch.ao.quantization.fx._decomposed")  # defines the operators
+    if hasattr(importlib.import_module("torch._inductor.fx_passes.quantization"), _REGISTER):
+        return  # torch has them still
+    try:
+        with quiet():
+            importlib.import_module("torchao.quantization.pt2e.quantizer.x86_inductor_quantizer")
+    except ImportError as error:
+        raise MissingDependencyError(
+            f"int8 on a CPU needs torchao for the targets torch and aoti ({error})", hint="pip install 'fxfreeze[int8]'"
+        ) from error

@@ -1,0 +1,144 @@
+"""Quantized layers in torch.compile and AOTInductor: computed in integers, as the generated code says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._dynamo.utils import counters
+from torch.nn import functional as F
+
+import fxfreeze as fz
+from fxfreeze.capture import capture
+from fxfreeze.emit import aoti, torch_compile
+from fxfreeze.integers import has_integers, with_integers
+from fxfreeze.kernels._op import OPS
+from fxfreeze.lower import Lowering
+from fxfreeze.program import Program
+from fxfreeze.serialize import Interface
+
+
+class Layer(nn.Module):
+    """Weights of a convolution or a linear layer, symmetric per output channel, and the grid of the input."""
+
+    def __init__(self, shape: tuple[int, ...], scale: float, zero: int) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(sum(shape))
+        self.register_buffer("weight", torch.randint(-127, 128, shape, dtype=torch.int8, generator=generator))
+        self.register_buffer("scales", torch.rand(shape[0], generator=generator) * 0.01 + 0.001)
+        self.register_buffer("zeros", torch.zeros(shape[0], dtype=torch.int8))
+        self.register_buffer("bias", torch.randn(shape[0], generator=generator))
+        self.register_buffer("scale", torch.tensor(scale))
+        self.register_buffer("zero", torch.tensor(zero, dtype=torch.uint8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        quantize, dequantize = OPS["quantize"].op, OPS["dequantize"].op
+        q = quantize(x, self.scale, self.zero, 0, 0, 0, 255)
+        x = dequantize(q, self.scale, self.zero, 0, 0, torch.float32)
+        weight = dequantize(self.weight, self.scales, self.zeros, 0, 0, torch.float32)
+        return F.conv2d(x, weight, self.bias, padding=1) if weight.ndim == 4 else F.linear(x, weight, self.bias)
+
+
+class Net(nn.Module):
+    """Convolutions with a residual sum between them, and a linear layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = Layer((16, 3, 3, 3), 0.03, 128), Layer((16, 16, 3, 3), 0.1, 0)
+        self.c, self.fc = Layer((16, 16, 3, 3), 0.2, 0), Layer((10, 16), 0.4, 0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.a(x))
+        x = F.relu(x + self.c(F.relu(self.b(x))))
+        return self.fc(x.mean((2, 3)))
+
+
+@pytest.fixture(scope="module")
+def program() -> Program:
+    return capture(Net().eval(), fz.Plan([fz.Input("x", ("batch", 3, 8, 8))], targets=[]))[0]
+
+
+@pytest.fixture(scope="module")
+def lowering(program: Program) -> Lowering:
+    pytest.importorskip("torchao", reason="needs fxfreeze[int8]")
+    return Lowering(program)
+
+
+def close(found: Tensor, program: Program, x: Tensor) -> None:
+    """A sum that lies between two integers may go to either: few elements differ, by what one integer is worth."""
+    (wanted,) = program.run(x)
+    error = (found - wanted).abs() / wanted.abs().max()
+    assert float(error.max()) < 0.05 and float((error > 1e-5).double().mean()) < 0.2, error
+
+
+def test_scales_that_are_constants_become_numbers(lowering: Lowering, program: Program) -> None:
+    assert has_integers(program)
+    changed = with_integers(program)
+    targets = [str(node.target) for node in changed.graph.nodes if node.op == "call_function"]
+    assert not [name for name in targets if name.startswith("fxfreeze")]
+    assert targets.count("quantized_decomposed.quantize_per_tensor.default") == 4
+    assert targets.count("quantized_decomposed.dequantize_per_channel.default") == 4
+    x = torch.randn(3, 3, 8, 8)
+    torch.testing.assert_close(changed.run(x)[0], program.run(x)[0], rtol=1e-5, atol=1e-5)
+
+
+def test_torch_compile_calls_an_integer_kernel_for_every_layer(lowering: Lowering, tmp_path: Path) -> None:
+    torch_compile.emit(lowering, tmp_path)
+    run = torch_compile.load(tmp_path, Interface.of(lowering.program))
+    counters.clear()
+    x = torch.randn(3, 3, 8, 8)
+    close(run(x)[0], lowering.program, x)
+    found = {name: count for name, count in counters["inductor"].items() if "lower_count" in name}
+    assert sum(found.values()) == 4, found
+
+
+@pytest.mark.slow
+def test_aoti_packages_call_an_integer_kernel_for_every_layer(lowering: Lowering, tmp_path: Path) -> None:
+    assert aoti.emit(lowering, tmp_path)["integer_calls"] == 4
+    run = aoti.load(tmp_path, Interface.of(lowering.program))
+    for batch in (1, 5):
+        x = torch.randn(batch, 3, 8, 8)
+        close(run(x)[0], lowering.program, x)
+
+
+def test_what_torch_has_no_operator_for_stays() -> None:
+    pytest.importorskip("torchao", reason="needs fxfreeze[int8]")
+    quantize, dequantize = OPS["quantize"].op, OPS["dequantize"].op
+
+    class Mixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("blocks", torch.randint(-8, 8, (6, 8), dtype=torch.int8))
+            self.register_buffer("scales", torch.rand(6, 2) + 0.1)
+            self.register_buffer("zeros", torch.zeros(6, 2, dtype=torch.int8))
+
+        def forward(self, x: Tensor) -> Tensor:
+            scale, zero = x.abs().amax() / 127, torch.zeros((), dtype=torch.int8)  # of the row that comes
+            x = dequantize(quantize(x, scale, zero, 0, 0, -128, 127), scale, zero, 0, 0, torch.float32)
+            return F.linear(x, dequantize(self.blocks, self.scales, self.zeros, 1, 4, torch.float32))
+
+    program = capture(Mixed().eval(), fz.Plan([fz.Input("x", ("batch", 8))], targets=[]))[0]
+    changed = with_integers(program)
+    assert [str(node.target) for node in changed.graph.nodes if "quant" in str(node.target)] == [
+        "fxfreeze.quantize.default", "fxfreeze.dequantize.default", "fxfreeze.dequantize.default"
+    ]  # fmt: skip
+
+
+def test_a_narrower_grid_stays_as_narrow() -> None:
+    pytest.importorskip("torchao", reason="needs fxfreeze[int8]")
+
+    class Narrow(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("scale", torch.tensor(0.1))
+            self.register_buffer("zero", torch.tensor(2, dtype=torch.int8))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return OPS["quantize"].op(x, self.scale, self.zero, 0, 0, -8, 7)
+
+    program = capture(Narrow().eval(), fz.Plan([fz.Input("x", ("batch", 8))], targets=[]))[0]
+    x = torch.randn(4, 8)
+    (found,) = with_integers(program).run(x)
+    assert torch.equal(found, program.run(x)[0]) and (int(found.min()), int(found.max())) == (-8, 7)
