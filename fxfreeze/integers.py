@@ -22,6 +22,7 @@ from .errors import MissingDependencyError
 from .exporting import quiet
 from .program import Program
 
+_HOMES = ("torch._inductor.fx_passes.quantization", "torchao.quantization.pt2e.inductor_passes.x86")
 _REGISTER = "_register_quantization_weight_pack_pass"
 _CALL = re.compile(r"aoti_torch_cpu__(qconv|qlinear)\w*\(")
 
@@ -85,12 +86,18 @@ def _replacement(program: Program, node: Node) -> tuple[Any, tuple[Any, ...]]:
 def _register_patterns() -> None:
     """Once in a process: they are Inductor's from then on."""
     importlib.import_module("torch.ao.quantization.fx._decomposed")  # defines the operators
-    if hasattr(importlib.import_module("torch._inductor.fx_passes.quantization"), _REGISTER):
-        return  # torch has them still
     try:
         with quiet():
-            importlib.import_module("torchao.quantization.pt2e.quantizer.x86_inductor_quantizer")
-    except ImportError as error:
+            patterns = next(filter(None, map(_with_patterns, _HOMES)))
+    except (ImportError, StopIteration) as error:
         raise MissingDependencyError(
-            f"int8 on a CPU needs torchao for the targets torch and aoti ({error})", hint="pip install 'fxfreeze[int8]'"
+            f"int8 on a CPU needs torchao for the targets torch and aoti ({error!r})",
+            hint="pip install 'fxfreeze[int8]'",
         ) from error
+    # Not by importing torchao's quantizer, which would do this, and set a pass for all that is ever compiled, too.
+    getattr(patterns, _REGISTER)()
+
+
+def _with_patterns(home: str) -> Any:
+    found = importlib.import_module(home)
+    return found if hasattr(found, _REGISTER) else None
