@@ -156,6 +156,12 @@ def _listed(value: Any) -> Any:
     return float(value) if isinstance(value, float) else value  # numpy's are floats too
 
 
+def _granularity(value: Any) -> str:
+    if isinstance(value, str) and re.fullmatch(r"tensor|channel|group:[1-9]\d*", value):
+        return value
+    raise refusal(f"must be 'tensor', 'channel' or 'group:32' (or another number), got {brief(value)}")
+
+
 def _path(value: Any) -> str:
     path = os.fspath(value) if isinstance(value, os.PathLike) else value
     if not isinstance(path, str) or not path.strip() or "\0" in path:
@@ -1124,6 +1130,97 @@ _PRUNES_BY: dict[str, tuple[str, ...]] = {
 """Fields of :class:`Prune` → the methods with which they mean something."""
 
 
+class Quantize(Step):
+    """Weights, and with some schemes what they multiply, as small integers.
+
+    It is done after everything else that changes weights, and is lossy: what it costs is measured on `calibration`. A
+    layer counts as quantized only where its target runs it in integers; elsewhere the compiler refuses, unless
+    `allow_simulated`.
+    """
+
+    kind: Literal["quantize"] = Field(default="quantize", description="Integers for floats.", kw_only=True)
+    at: Patterns = Field(
+        default="*",
+        description="Glob or globs over module paths, such as 'layer*.conv1'. Each must match a module. Default: "
+        "whatever can be quantized.",
+    )
+    scheme: Literal["int8", "int8-weight", "int4-weight", "fp8"] = Field(
+        default="int8",
+        description="'int8': weights and inputs of layers as 8-bit integers. 'int8-weight', 'int4-weight': weights "
+        "only. 'fp8': 8-bit floats, on GPUs.",
+    )
+    mode: Literal["static", "dynamic"] = Field(
+        default="static",
+        description="Scales of inputs are measured on the calibration data, or computed from every input; for 'int8'.",
+    )
+    granularity: Annotated[str, BeforeValidator(_granularity)] = Field(
+        default="channel",
+        description="Weights that share a scale: 'tensor': all of a layer; 'channel': those of one output feature; "
+        "'group:32': 32 consecutive inputs (or another number) of one output feature, for linear layers with weights "
+        "only.",
+        json_schema_extra={"pattern": r"^(tensor|channel|group:[1-9]\d*)$"},
+    )
+    calibrate: Literal["minmax", "percentile", "mse", "entropy"] = Field(
+        default="minmax",
+        description="The range of inputs that integers span, with mode='static': all that was seen; what `percentile` "
+        "of the values lie within; the range with the least squared error; or with the least divergence (Kullback and "
+        "Leibler's) of what is left of the distribution.",
+    )
+    percentile: Number = Field(
+        default=99.99, description="Of the values, those within the range of calibrate='percentile'; > 50 and ≤ 100."
+    )
+    exclude: Patterns | None = Field(
+        default=None, description="Glob or globs over module paths to leave in floats. Each must match a module."
+    )
+    allow_simulated: Flag = Field(
+        default=False,
+        description="Emit targets that compute some quantized layers in floats, with the values of integers.",
+    )
+
+    if TYPE_CHECKING:  # the runtime takes lists too; see record.py
+
+        def __init__(
+            self,
+            at: Patterns = "*",
+            scheme: str = "int8",
+            mode: str = "static",
+            granularity: str = "channel",
+            calibrate: str = "minmax",
+            percentile: float = 99.99,
+            exclude: Patterns | None = None,
+            allow_simulated: bool = False,
+            *,
+            name: str = "",
+        ) -> None: ...
+
+    @property
+    def excluded(self) -> tuple[str, ...]:
+        """`exclude` as a tuple."""
+        given = self.exclude if self.exclude is not None else ()
+        return (given,) if isinstance(given, str) else tuple(given)
+
+    @property
+    def block(self) -> int:
+        """How many inputs of an output feature share a scale; 0: there are no groups."""
+        return int(self.granularity.partition(":")[2] or 0)
+
+    def _problems(self) -> Iterator[Problem]:
+        if self.scheme == "fp8":
+            yield "scheme", "'fp8' has no kernel on a CPU, and none for GPUs yet; use 'int8'"
+        if self.scheme != "int8" and self.mode == "dynamic":
+            yield "mode", f"has a meaning for scheme='int8' only: {self.scheme!r} leaves inputs as they are"
+        if self.scheme == "int8" and self.block:
+            yield "granularity", "groups are for weights alone: an integer product has one scale per output feature"
+        if self.scheme == "int4-weight" and not self.block:
+            yield "granularity", f"{self.granularity!r} is too coarse for 4 bits; use 'group:32'"
+        if self.calibrate != "minmax" and (self.scheme != "int8" or self.mode == "dynamic"):
+            yield "calibrate", "has a meaning with scheme='int8' and mode='static' only"
+        if self.calibrate != "percentile" and self.percentile != type(self).model_fields["percentile"].default:
+            yield "percentile", "has a meaning with calibrate='percentile' only"
+        if not 50 < self.percentile <= 100:
+            yield "percentile", f"must be > 50 and ≤ 100, got {self.percentile!r}"
+
+
 STEPS: tuple[type[Step], ...] = (
     LoRA,
     DoRA,
@@ -1145,6 +1242,7 @@ STEPS: tuple[type[Step], ...] = (
     Replace,
     Prune,
     Factorize,
+    Quantize,
 )
 """Every step a plan can hold. A new step class is added here and nowhere else."""
 

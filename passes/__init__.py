@@ -47,6 +47,9 @@ from .prune.compact import Compact
 from .prune.dead_neurons import DeadNeurons
 from .prune.factorize import FactorizeLayers
 from .prune.unread_rows import UnreadRows
+from .quantize.dynamic import QuantizeDynamic
+from .quantize.static import QuantizeStatic
+from .quantize.weights import QuantizeWeights
 
 PIPELINE: tuple[Pass, ...] = (
     # clean: the parameters the plan gives, and what means nothing to a frozen graph
@@ -87,6 +90,10 @@ PIPELINE: tuple[Pass, ...] = (
     Compact(),
     FactorizeLayers(),
     UnreadRows(),
+    # quantize: integers for what is left
+    QuantizeStatic(),
+    QuantizeDynamic(),
+    QuantizeWeights(),
     # fuse: one call where a compiler sees several; what skips neurons looks for their gate, and so comes first; what is
     # in a stack is found by nobody
     SparseDown(),

@@ -23,6 +23,7 @@ from fxfreeze.plan import (
     Prefix,
     Prompt,
     Prune,
+    Quantize,
     Splice,
     Step,
     Tap,
@@ -116,6 +117,9 @@ def describe(step: Step) -> str:
         return "tap while it trains"
     if isinstance(step, Factorize):
         return f"factors of {f'rank {step.rank}' if step.rank else 'the smallest rank'}, {step.agreement:.2%} agreement"
+    if isinstance(step, Quantize):
+        mode = f", {step.mode}" if step.scheme == "int8" else ""
+        return f"{step.scheme}{mode}, one scale per {step.granularity}"
     if isinstance(step, Prompt | Prefix):
         words = (
             f"a prompt of {step.tokens} vectors" if isinstance(step, Prompt) else f"a prefix of {step.tokens} tokens"

@@ -1,0 +1,81 @@
+"""Runs a program over the calibration data, and watches some of its values."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from fxfreeze.errors import PassError
+from fxfreeze.program import Program
+from fxfreeze.rewrite import Context
+
+from ._observers import Method, Observer
+
+_PATIENCE = 16
+"""Batches without news after which no more are read."""
+_NEWS = 0.01
+"""A range that grows by less than this share of its width is none."""
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What was remembered of each value, and how many rows of the calibration data were read."""
+
+    observers: Mapping[Node, Observer]
+    rows: int
+    converged: bool
+
+    def basis(self, ctx: Context) -> str:
+        """What ranges were measured on."""
+        return f"ranges of {self.rows} rows of {ctx.calibration.source}" + (", then converged" * self.converged)
+
+
+@torch.no_grad()
+def observe(program: Program, ctx: Context, values: Mapping[Node, Method]) -> Seen:
+    """Watch `values` until the data ends, or no range has grown for some batches; memory does not hang on their number.
+
+    Raises:
+        PassError: a value is NaN or Inf; names its module.
+    """
+    from tqdm import tqdm
+
+    observers = {node: Observer(method) for node, method in values.items()}
+    rows = quiet = 0
+    with tqdm(ctx.calibration.of(program), desc="calibration", unit="batch", disable=None) as batches:
+        for inputs in batches:
+            widths = {node: observer.high - observer.low for node, observer in observers.items()}
+            watched_run(program, inputs, lambda node, value: _look(program, observers, node, value))
+            rows += len(inputs[0]) if inputs[0].dim() else 1
+            news = any(
+                not observer.high - observer.low <= (1 + _NEWS) * widths[node] for node, observer in observers.items()
+            )
+            quiet = 0 if news else quiet + 1
+            if quiet == _PATIENCE:
+                break
+    return Seen(observers, rows, quiet >= _PATIENCE)
+
+
+def watched_run(program: Program, inputs: list[Tensor], look: Any) -> None:
+    """Run `program`, and show every input and result to `look`(node, value)."""
+    for node, value in zip(program.placeholders, inputs, strict=True):
+        look(node, value)
+
+    def call(node: Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        result = node.target(*args, **kwargs)  # type: ignore[operator]
+        look(node, result)
+        return result
+
+    program.execute(inputs, lambda node: program.state[str(node.target)].to(node.meta["val"].dtype), call)
+
+
+def _look(program: Program, observers: Mapping[Node, Observer], node: Node, value: Any) -> None:
+    if node in observers and not observers[node].add(value):
+        raise PassError(
+            f"{node.name!r} is NaN or Inf on the calibration data, so it has no range",
+            where=program.where(node), hint="repair the data or the model, or exclude the layers that read it",
+        )  # fmt: skip

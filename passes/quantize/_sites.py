@@ -1,0 +1,91 @@
+"""Which layers a step quantizes, and words for those it does not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from torch.fx import Node
+
+from fxfreeze.errors import PlanError
+from fxfreeze.plan import Quantize
+from fxfreeze.program import Program
+from fxfreeze.rewrite import Context, match_sites, nearest
+
+from .._adapters import describe
+from .._operators import WeightOperator, constant_problem, weight_operator
+
+
+@dataclass(frozen=True)
+class Site:
+    """A layer, and the step that quantizes it."""
+
+    path: str
+    step: Quantize
+    operator: WeightOperator
+
+
+def quantized_sites(
+    program: Program, ctx: Context, wanted: Callable[[Quantize], bool], problem: Callable[[Site], str | None]
+) -> list[Site]:
+    """The layers of every step that `wanted` takes; of what a step names and `problem` refuses, a row says why.
+
+    Of several steps that name one layer, the last quantizes it.
+
+    Raises:
+        PlanError: a step names no layer, or excludes a module that is not there.
+    """
+    offered = dict(_layers(program))
+    chosen: dict[Node, Site] = {}
+    for index, step in enumerate(ctx.plan.steps):
+        if not isinstance(step, Quantize):
+            continue
+        paths, found = set(_named(program, step, index)), False
+        for node, path in offered.items():
+            operator = weight_operator(node)
+            if path not in paths or not isinstance(operator, WeightOperator):
+                continue
+            found = True
+            chosen[node] = Site(path, step, operator)
+        if not found and wanted(step):
+            raise PlanError(f"steps[{index}].at: {step.at!r} names no layer with a weight", where=step.name)
+    return [site for site in chosen.values() if wanted(site.step) and _accepted(program, ctx, site, problem)]
+
+
+def _accepted(program: Program, ctx: Context, site: Site, problem: Callable[[Site], str | None]) -> bool:
+    computed = constant_problem(program, site.operator)
+    reason = computed.reason if computed else problem(site)
+    if reason is not None:
+        ctx.ledger.add(
+            site=site.path, step=site.step.name, requested=describe(site.step), outcome="refused", detail=reason
+        )
+    return reason is None
+
+
+def _layers(program: Program) -> Iterator[tuple[Node, str]]:
+    """Every operator with a weight of the model's, and the module that its user would name."""
+    for node in program.graph.nodes:
+        operator = weight_operator(node)
+        if not isinstance(operator, WeightOperator) or program.constant(operator.weight) is None:
+            continue
+        path, owner = program.module_path(node), str(operator.weight.target).rpartition(".")[0]
+        yield node, owner if owner.startswith(f"{path}.") else path
+
+
+def _named(program: Program, step: Quantize, index: int) -> list[str]:
+    """Paths that the step names; excluding a module excludes what is inside of it."""
+    known = list(program.module_paths())
+    for glob in step.excluded:
+        if not any(fnmatchcase(path, glob) for path in known):
+            raise PlanError(
+                f"steps[{index}].exclude: no module matches {glob!r}",
+                where=step.name, hint="nearest paths: " + ", ".join(nearest(glob, known)),
+            )  # fmt: skip
+    return [path for path in match_sites(program, step, index) if not _excluded(step, path)]
+
+
+def _excluded(step: Quantize, path: str) -> bool:
+    parts = path.split(".")
+    around = [".".join(parts[:count]) for count in range(1, len(parts) + 1)]
+    return any(fnmatchcase(outer, glob) for outer in around for glob in step.excluded)

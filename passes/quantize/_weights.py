@@ -1,0 +1,97 @@
+"""Weights as integers with symmetric scales, and the operators that make floats of them again."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from fxfreeze.kernels.dequantize import KERNEL as DEQUANTIZE
+from fxfreeze.program import Program
+
+from .._operators import WeightOperator
+
+LIMITS = {8: 127, 4: 7}
+"""Bits → the largest integer of a weight. The smallest is its negative, so that 0 lies in the middle."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where scales lie along a stored weight; see :mod:`fxfreeze.kernels.quantize`."""
+
+    axis: int
+    block: int
+    each: bool
+
+    @classmethod
+    def of(cls, operator: WeightOperator, granularity: str) -> Layout:
+        """One scale for all, per output feature, or per group of inputs of one, along the weight as stored."""
+        out = 1 if operator.kind == "matmul" else 0
+        if granularity.startswith("group:"):
+            return cls(1 - out, int(granularity.partition(":")[2]), True)
+        return cls(out, 0, granularity == "channel")
+
+    def grouped(self, weight: Tensor) -> tuple[Tensor, list[int]]:
+        """`weight` in a shape, and the dims of it that share a scale."""
+        if self.block:
+            count = weight.shape[self.axis] // self.block
+            return weight.unflatten(self.axis, (count, self.block)), [self.axis + 1]
+        return weight, [dim for dim in range(weight.dim()) if not self.each or dim != self.axis]
+
+
+@dataclass(frozen=True)
+class Integers:
+    """A weight [as stored] as int8, scales in the dtype that the layer computes in, and where these lie."""
+
+    values: Tensor
+    scale: Tensor
+    layout: Layout
+
+    def floats(self) -> Tensor:
+        """What they stand for, in float64."""
+        zero = torch.zeros_like(self.scale, dtype=torch.int8)
+        return DEQUANTIZE.op(
+            self.values, self.scale.double(), zero, self.layout.axis, self.layout.block, torch.float64
+        )  # fmt: skip
+
+
+def to_integers(weight: Tensor, layout: Layout, bits: int, dtype: torch.dtype, least: Tensor | None = None) -> Integers:
+    """The nearest integers; scales such that the largest weight of each is the largest integer.
+
+    Args:
+        weight: float64, as stored.
+        dtype: of the scales, which are rounded before weights are divided by them.
+        least: scales at least, in their shape.
+    """
+    limit = LIMITS[bits]
+    grouped, dims = layout.grouped(weight)
+    scale = grouped.abs().amax(dims, keepdim=True) / limit
+    scale = torch.where(scale > 0, scale, 1.0)
+    if least is not None:
+        scale = torch.maximum(scale, least.reshape(scale.shape))
+    scale = scale.to(dtype)
+    values = torch.round(grouped / scale.double()).clamp(-limit, limit).to(torch.int8).reshape(weight.shape)
+    return Integers(values, scale.squeeze(dims), layout)
+
+
+def stored_weight(program: Program, operator: WeightOperator) -> Tensor:
+    """The weight as stored, in float64; capturing has seen that it is finite."""
+    weight = program.constant64(operator.weight)
+    assert weight is not None
+    return weight
+
+
+def add_weight(program: Program, operator: WeightOperator, integers: Integers) -> Node:
+    """Constants of `integers`, and the operator that reads them, in front of the layer."""
+    node, name, dtype = operator.node, str(operator.weight.target), operator.weight.meta["val"].dtype
+    zero = torch.zeros_like(integers.scale, dtype=torch.int8)
+    values, scale, zero_point = (
+        program.add_constant(f"{name}{suffix}", value.contiguous(), before=node, like=node)
+        for suffix, value in ((".int", integers.values), (".scale", integers.scale), (".zero", zero))
+    )
+    layout = integers.layout
+    return program.call(
+        DEQUANTIZE.op, values, scale, zero_point, layout.axis, layout.block, dtype, before=node, like=node
+    )  # fmt: skip

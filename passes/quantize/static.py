@@ -1,0 +1,164 @@
+"""Layers that run on integers, with scales measured on the calibration data: quantize → dequantize around each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from fxfreeze.plan import Quantize
+from fxfreeze.program import Program
+from fxfreeze.rewrite import Context, Pass
+
+from .._adapters import describe
+from .._measured import Tally, measure_outputs
+from .._operators import aten
+from ._activations import Scale, add_scale, quantized, scale_of
+from ._calibrate import Seen, observe, watched_run
+from ._sites import Site, quantized_sites
+from ._weights import Integers, Layout, add_weight, stored_weight, to_integers
+
+_RECTIFIERS = frozenset({aten.relu.default, aten.relu6.default, aten.hardtanh.default})
+_BIAS_LIMIT = 2**30
+"""A bias in steps of the integer product, at most: runtimes add it as an int32."""
+_OUTLIER = 16.0
+_SATURATED = 1e-3
+
+
+class QuantizeStatic(Pass):
+    """y = layer(dequantize(quantize(x)), dequantize(integers), bias) for ``Quantize(scheme="int8")``.
+
+    Inputs are uint8 with one scale and zero point, weights int8 with a scale per output feature and 0 in the middle. A
+    convolution's result is quantized too, behind the ReLU where one follows: integer kernels of convolutions give
+    integers. Sums of such results read the same integers. The bias is moved to the grid of the integer product,
+    scale of x · scale of w, on which runtimes store it.
+    """
+
+    name, stage, exact = "quantize_static", "quantize", False
+
+    def run(self, program: Program, ctx: Context) -> int:
+        sites = quantized_sites(program, ctx, lambda step: step.scheme == "int8" and step.mode == "static", _problem)
+        if not sites:
+            return 0
+        before, values = program.clone(), _values(sites)
+        seen = observe(program, ctx, {node: step.calibrate for node, step in values.items()})
+        scales = {node: scale_of(seen.observers[node].range(step.percentile), node.meta["val"].dtype)
+                  for node, step in values.items()}  # fmt: skip
+        layers = [_Layer.of(program, site, scales[site.operator.input]) for site in sites]
+        noise = _noise(program, ctx, layers, scales)
+        for layer in layers:
+            self._report(ctx, layer, seen, noise[layer.site.operator.node])
+        _rewrite(program, layers, scales)
+        measure_outputs(ctx, program, before, "static int8")
+        return len(sites)
+
+    def _report(self, ctx: Context, layer: _Layer, seen: Seen, noise: Tally) -> None:
+        site, observer = layer.site, seen.observers[layer.site.operator.input]
+        notes = [f"{noise.words} of its result", seen.basis(ctx)]
+        if (outside := observer.range(site.step.percentile).outside) > _SATURATED:
+            notes.append(f"warning: {outside:.2%} of its input saturates")
+        if observer.outlier > _OUTLIER:
+            notes.append(f"warning: the largest channel of its input is {observer.outlier:.0f} × the median one")
+        ctx.ledger.add(
+            site=site.path, step=site.step.name, requested=describe(site.step), outcome="rewritten",
+            executes=f"int8 weights, one scale per {site.step.granularity}; uint8 input", detail="; ".join(notes),
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """A site, its weight as integers, and its bias (float64) on the grid of the product."""
+
+    site: Site
+    weight: Integers
+    bias: Tensor | None
+
+    @classmethod
+    def of(cls, program: Program, site: Site, scale: Scale) -> _Layer:
+        operator = site.operator
+        weight = stored_weight(program, operator)
+        bias = None if operator.bias is None else program.constant64(operator.bias)
+        layout, dtype = Layout.of(operator, site.step.granularity), operator.weight.meta["val"].dtype
+        least = None
+        if bias is not None:
+            least = bias.abs() / (scale.step * _BIAS_LIMIT)
+            least = least if layout.each else least.max()
+        integers = to_integers(weight, layout, 8, dtype, least)
+        if bias is not None:
+            grid = integers.scale.double() * scale.step
+            bias = torch.round(bias / grid) * grid
+        return cls(site, integers, bias)
+
+
+def _problem(site: Site) -> str | None:
+    kinds = {
+        "embedding": "an embedding computes nothing; 'int8-weight' is for layers that multiply",
+        "transposed": "there is no integer kernel for transposed convolutions",
+    }
+    return kinds.get(site.operator.kind)
+
+
+def _values(sites: Iterable[Site]) -> dict[Node, Quantize]:
+    """What gets a scale, and the step that says how: inputs, and results of convolutions."""
+    found: dict[Node, Quantize] = {}
+    for site in sites:
+        found.setdefault(site.operator.input, site.step)
+        if site.operator.kind == "conv":
+            found.setdefault(_result(site.operator.node), site.step)
+    return found
+
+
+def _result(node: Node) -> Node:
+    """What an integer kernel of the convolution gives: a ReLU that alone reads it is part of that."""
+    users = list(node.users)
+    return users[0] if len(users) == 1 and users[0].target in _RECTIFIERS else node
+
+
+def _noise(program: Program, ctx: Context, layers: Iterable[_Layer], scales: Mapping[Node, Scale]) -> dict[Node, Tally]:
+    """What integers change in each layer's result, from float inputs, on one batch."""
+    inputs = next(iter(ctx.calibration.of(program)))
+    held: dict[Node, Tensor] = {}
+    tallies = {layer.site.operator.node: Tally() for layer in layers}
+    by_node = {layer.site.operator.node: layer for layer in layers}
+
+    def look(node: Node, value: Tensor) -> None:
+        if node in scales:
+            held[node] = quantized(value, scales[node])
+        if node in by_node:
+            tallies[node].add(
+                _computed(by_node[node], held[by_node[node].site.operator.input]), value, value.new_empty(0)
+            )
+
+    watched_run(program, inputs, look)
+    return tallies
+
+
+def _computed(layer: _Layer, value: Tensor) -> Tensor:
+    operator = layer.site.operator
+    bias = {} if layer.bias is None else {"bias": layer.bias.to(value.dtype)}
+    args, kwargs = operator.call_arguments(input=value, weight=layer.weight.floats().to(value.dtype), **bias)
+    return operator.node.target(*args, **kwargs)  # type: ignore[operator, no-any-return]
+
+
+def _rewrite(program: Program, layers: Iterable[_Layer], scales: Mapping[Node, Scale]) -> None:
+    by_node = {layer.site.operator.node: layer for layer in layers}
+    results = {_result(node) for node, layer in by_node.items() if layer.site.operator.kind == "conv"}
+    everywhere = results | {node for node in scales if _adds(node, results)}
+    for node, scale in scales.items():
+        add_scale(program, node, scale, node.users if node in everywhere else by_node.keys() & node.users.keys())
+    for node, layer in by_node.items():
+        operator = layer.site.operator
+        node.replace_input_with(operator.weight, add_weight(program, operator, layer.weight))
+        if layer.bias is not None and operator.bias is not None:
+            program.rebind(operator.bias, layer.bias, user=node)
+
+
+def _adds(node: Node, results: set[Node]) -> bool:
+    """Whether `node` is a sum of a convolution's result, or a ReLU of one: in floats, both sides would be converted."""
+    source = node.args[0] if node.target in _RECTIFIERS else node
+    return (
+        isinstance(source, Node) and source.target is aten.add.Tensor and any(side in results for side in source.args)
+    )
