@@ -43,12 +43,12 @@ from . import banks, parity, weights
 from ._version import __version__
 from .binding import build, check_inputs, flatten_inputs, format_shape, top_level
 from .emit import EMITTERS, PROGRAM, Runner
-from .errors import ArtifactError, FxfreezeError, PlanError
+from .errors import ArtifactError, EmitError, FxfreezeError, PlanError
 from .firing import fired, gate_rows
 from .locks import alone
 from .lower import Lowering
-from .plan import Gate, LoRA, Plan
-from .program import Program
+from .plan import Gate, LoRA, Plan, Quantize
+from .program import Program, integer_sites
 from .serialize import WEIGHTS_FILE, Interface, dense_bytes, load_program, save_program
 
 FORMAT = 1
@@ -125,6 +125,7 @@ class Artifact:
                 scores[parity.MODEL] = float(evaluate(_nested(Interface.of(program), reference or program.run)))
             found = banks.banks(program, plan)
             facts = _emit(program, found, plan.targets, folder, examples, say)
+            executed = _executed(program, plan, facts)
             shelf = banks.Shelf(list(found), folder / banks.FOLDER / "0.safetensors", _by_name(found))
             if found:
                 shelf.write()
@@ -140,7 +141,7 @@ class Artifact:
             manifest |= {
                 "passes": _rows(passes),
                 "proofs": _rows(proofs),
-                "ledger": _rows(ledger),
+                "ledger": [*_rows(ledger), *executed],
                 "parity": _rows(rows),
                 "scores": scores,
             }
@@ -504,6 +505,32 @@ def _emit(
     if not (folder / PROGRAM).exists():
         save_program(program, folder / PROGRAM)
     return facts
+
+
+def _executed(program: Program, plan: Plan, facts: dict[str, Any]) -> list[dict[str, str]]:
+    """Rows for the ledger: by what each target runs each quantized layer. Targets say so in their fact ``integer``.
+
+    Raises:
+        EmitError: a target runs one in floats, and its step does not allow that.
+    """
+    steps = {step.name: step for step in plan.steps if isinstance(step, Quantize)}
+    rows, refused = [], []
+    for target, told in facts.items():
+        silent = [[site.path, site.step, None] for site in integer_sites(program)]
+        for path, name, kernel in told.pop("integer", silent):
+            executes = f"integer-executed by {kernel} in {target}" if kernel else f"simulated in {target}"
+            rows.append({
+                "site": path, "step": name, "requested": steps[name].scheme, "outcome": "measured", "pass_name": "",
+                "executes": executes, "detail": "",
+            })  # fmt: skip
+            if not kernel and not steps[name].allow_simulated:
+                refused.append(f"  {path}: {steps[name].scheme} by {name!r} in {target!r}")
+    if refused:
+        raise EmitError(
+            "\n".join([f"{len(refused)} quantized layers would be computed in floats", *refused]),
+            hint="exclude these layers, choose another target, or allow it with Quantize(allow_simulated=True)",
+        )
+    return rows
 
 
 def _manifest(

@@ -58,6 +58,15 @@ class Lowering:
         exported = export(program, table=references() | table, examples=self.examples)
         return exported if quantized or shims(exported) else self.exported
 
+    @cached_property
+    def quantized(self) -> ExportedProgram:
+        """As `exported`, with quantize and dequantize whole; for targets that know them."""
+        whole = set(_integers())
+        if not any(node.target in whole for node in self.program.graph.nodes):
+            return self.exported
+        table = {op: function for op, function in references().items() if op not in whole}
+        return export(self.program, table=table, examples=self.examples)
+
 
 def references() -> dict[Any, Callable[..., Any]]:
     """Operator → its plain-torch reference, of every kernel there is (``OPS`` in ``kernels/_op.py``)."""
@@ -74,6 +83,10 @@ def shims(exported: ExportedProgram) -> dict[Any, list[str]]:
     present = {node.target for node in exported.graph.nodes}
     forms = {kernel.native_op: kernel for kernel in _kernels() if kernel.native is not None}
     return {op: [kernel.shim()] for op, kernel in forms.items() if op in present}
+
+
+def _integers() -> list[Any]:
+    return [kernel.op for kernel in _kernels() if kernel.name in ("quantize", "dequantize")]
 
 
 def _kernels() -> Collection[Any]:

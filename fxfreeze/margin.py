@@ -11,8 +11,11 @@ that rounding opens together may cancel, and one alone does not. A margin is sev
 measured at the comparison.
 
 A top-k jumps, too: as comparisons of every value that it picks, and of the first that it does not, with the next
-smaller one. Shifting all values alike would turn none of them, so neighbours are shifted against each other. Other
-jumps (==, sign, round, argmax, sort) are not looked at.
+smaller one. Shifting all values alike would turn none of them, so neighbours are shifted against each other.
+
+So does fxfreeze::quantize, halfway between two integers. One integer that turns moves what the next layers quantize by
+a good part of a step, and so turns more of them: rounding is therefore measured with the integers of the first run in
+the place of those of the second. Other jumps (==, sign, round elsewhere, argmax, sort) are not looked at.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,6 +31,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .constants import lift
+from .kernels._quantized import spread
+from .kernels.quantize import KERNEL as QUANTIZE
 from .lower import references
 from .program import Program
 from .proof import MASK, checked_run, relative_error
@@ -97,14 +103,18 @@ def slacks(program: Program, inputs: Sequence[Tensor]) -> tuple[Slack | None, ..
     if not decides(program):
         return (None,) * len(program.outputs)
     rounded: deque[Tensor] = deque()
-    with _Comparisons(lambda left, right: _note(rounded, left, right)):
+    integers: deque[Tensor] = deque()
+    with _Comparisons(partial(_note, rounded), integers=lambda found: _keep(integers, found)):
         dtypes = [value.dtype for value in program.run(*inputs)]
     margins: list[Tensor] = []
     close: list[bool] = []
-    with _Comparisons(lambda left, right: _measure(rounded, margins, close, left, right)):
+    quantizes = bool(integers)
+    with _Comparisons(partial(_measure, rounded, margins, close), integers=lambda _: integers.popleft()):
         truth = checked_run(program, inputs, "capture")
     if not any(close):
         return (None,) * len(truth)
+    if quantizes:
+        truth = checked_run(program, inputs, "capture")
     shifted = [
         _shifted(program, inputs, margins, sign, seed) for seed in (None, *range(_MIXED)) for sign in (1.0, -1.0)
     ]
@@ -128,7 +138,9 @@ def decides(program: Program) -> bool:
     )
 
 
-Change = Callable[[Tensor, Any], Tensor]
+Change = Callable[..., Tensor]
+"""Left and right side of a comparison, and how far left is from where it jumps, if that is not its distance to right;
+returns another left side."""
 Neighbours = Callable[[Change, Tensor, Tensor, int], Tensor]
 
 
@@ -156,15 +168,24 @@ class _Comparisons(TorchDispatchMode):
     Of a top-k, `neighbours` is given `change`, what it picks from along the last dim, the best first order of that, and
     how many it picks; it returns what to pick from instead. What is picked keeps its own value.
 
-    Operators of ours run as their reference, so that the comparisons inside are seen as well.
+    Of a quantize, `change` is given x / scale, 0, and its distance to the nearest k + 1/2; `integers` is given the
+    result, and returns another one.
+
+    Other operators of ours run as their reference, so that the comparisons inside are seen as well.
     """
 
-    def __init__(self, change: Change, neighbours: Neighbours = _compare_neighbours) -> None:
+    def __init__(
+        self, change: Change, neighbours: Neighbours = _compare_neighbours,
+        integers: Callable[[Tensor], Tensor] = lambda found: found,
+    ) -> None:  # fmt: skip
         super().__init__()
         self._change, self._neighbours, self._references = change, neighbours, references()
+        self._integers = integers
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func is QUANTIZE.op:
+            return self._quantize(*args, **kwargs)
         if (reference := self._references.get(func)) is not None:
             with self:
                 return reference(*args, **kwargs)
@@ -175,6 +196,13 @@ class _Comparisons(TorchDispatchMode):
         if func is TOP and args[0].is_floating_point() and args[0].dim():
             return self._pick(*args, **kwargs)
         return func(*args, **kwargs)
+
+    def _quantize(
+        self, x: Tensor, scale: Tensor, zero_point: Tensor, axis: int, block: int, low: int, high: int
+    ) -> Tensor:
+        steps = x / spread(scale, x, axis, block)
+        moved = self._change(steps, 0.0, steps - (steps.floor() + 0.5))
+        return self._integers(QUANTIZE.reference(moved, torch.ones_like(scale), zero_point, axis, block, low, high))
 
     def _pick(self, values: Tensor, k: int, dim: int = -1, largest: bool = True, sorted: bool = True) -> Any:
         moved = values.movedim(dim, -1)
@@ -203,12 +231,20 @@ def _may_float(node: Any) -> bool:
     return value is None or (isinstance(value, Tensor) and value.is_floating_point())
 
 
-def _note(rounded: deque[Tensor], left: Tensor, right: Any) -> Tensor:
+def _note(rounded: deque[Tensor], left: Tensor, right: Any, distance: Tensor | None = None) -> Tensor:
     rounded.append(left - right)
     return left
 
 
-def _measure(rounded: deque[Tensor], margins: list[Tensor], close: list[bool], left: Tensor, right: Any) -> Tensor:
+def _keep(integers: deque[Tensor], found: Tensor) -> Tensor:
+    integers.append(found)
+    return found
+
+
+def _measure(
+    rounded: deque[Tensor], margins: list[Tensor], close: list[bool], left: Tensor, right: Any,
+    distance: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """Append the margin of this comparison, one number per row, 0 where both dtypes found the sides equal, and whether
     any of its decisions lies within it.
 
@@ -221,7 +257,8 @@ def _measure(rounded: deque[Tensor], margins: list[Tensor], close: list[bool], l
     margin = _ROUNDINGS * _mean(rounding) + _EPS * torch.finfo(noted.dtype).eps * size
     tied = (exact == 0) & (noted == 0)
     margins.append(margin * ~tied if bool(tied.any()) else margin)
-    close.append(bool(((exact.abs() <= margins[-1]) & ~tied).any()))
+    jump = exact if distance is None else distance
+    close.append(bool(((jump.abs() <= margins[-1]) & ~tied).any()))
     return left
 
 
@@ -237,7 +274,7 @@ def _shift(margins: Sequence[Tensor], sign: float, seed: int | None) -> Callable
     following = iter(margins)
     generator = None if seed is None else torch.Generator().manual_seed(seed)
 
-    def shift(left: Tensor, right: Any) -> Tensor:
+    def shift(left: Tensor, right: Any, distance: Tensor | None = None) -> Tensor:
         margin = sign * next(following)
         if generator is None:
             return left + margin

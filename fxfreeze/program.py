@@ -75,6 +75,9 @@ BANK = "BANK"
 BANK_NOTE = "note"
 """What passes note in the ``meta`` of such a constant: why peft's adapter of the layer would be none of this one."""
 
+INTEGERS = "integers"
+"""What passes note in the ``meta`` of a layer that they quantize: an :class:`IntegerSite`."""
+
 GATE_FACTS = ("kept", "neurons", "share")
 """What passes note in the ``meta`` of a gate's node: see :class:`fxfreeze.firing.GateRow`."""
 
@@ -88,6 +91,14 @@ class Origin:
     primitive: str
     site: str
     call: int = 0
+
+
+@dataclass(frozen=True)
+class IntegerSite:
+    """A quantized layer: its module path, and the plan step that asked for it."""
+
+    path: str
+    step: str
 
 
 @dataclass(frozen=True)
@@ -521,6 +532,11 @@ class Program:
         module = GraphModule(root, copy.graph, class_name="FrozenProgram")
         module.eval()
         return module
+
+
+def integer_sites(program: Program) -> list[IntegerSite]:
+    """Every quantized layer, in graph order."""
+    return [node.meta[INTEGERS] for node in program.graph.nodes if INTEGERS in node.meta]
 
 
 def lifted_call(node: Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -24,9 +24,10 @@ from torch import Tensor
 from ..errors import ArtifactError, EmitError, MissingDependencyError
 from ..exporting import quiet
 from ..lower import Lowering, emit_error
-from ..program import Program, TensorSpec
+from ..program import Program, TensorSpec, integer_sites
 from ..sampling import sample_inputs, tracing_sizes
 from ..serialize import Interface
+from . import onnx_quantized
 
 FILE = "model.onnx"
 OPSETS = (24, 21)
@@ -51,9 +52,9 @@ def emit(lowering: Lowering, folder: Path) -> dict[str, Any]:
     first: EmitError | None = None
     for opset in OPSETS:
         try:
-            facts = _convert(lowering, folder, opset)
+            facts, layers = _convert(lowering, folder, opset)
             _try(lowering, folder)
-            return {"opset": opset, **facts}
+            return {"opset": opset, **facts, **_kernels(lowering.program, folder, layers)}
         except Exception as error:
             for path in folder.glob(f"{FILE}*"):
                 path.unlink()
@@ -64,6 +65,17 @@ def emit(lowering: Lowering, folder: Path) -> dict[str, Any]:
     raise first
 
 
+def _kernels(program: Program, folder: Path, layers: Sequence[str]) -> dict[str, Any]:
+    """For every quantized layer its site, its step, and the integer kernel that runs it, or None."""
+    sites = integer_sites(program)
+    if not sites:
+        return {}
+    if len(sites) != len(layers):
+        raise EmitError(f"{len(sites)} quantized layers became {len(layers)} in ONNX", where=FILE)
+    ran = onnx_quantized.kernels(folder / FILE, layers)
+    return {"integer": [[site.path, site.step, kernel] for site, kernel in zip(sites, ran, strict=True)]}
+
+
 def load(folder: Path, interface: Interface) -> OnnxRunner:
     """Open a session. Raises ArtifactError when ONNX Runtime refuses the file."""
     return OnnxRunner(folder / FILE, interface)
@@ -72,27 +84,30 @@ def load(folder: Path, interface: Interface) -> OnnxRunner:
 # ---------------------------------------------------------------------------------------------- writing
 
 
-def _convert(lowering: Lowering, folder: Path, opset: int) -> dict[str, Any]:
+def _convert(lowering: Lowering, folder: Path, opset: int) -> tuple[dict[str, Any], list[str]]:
+    """Facts, and the names of the nodes that read a quantized weight."""
     import onnx
 
-    program, exported = lowering.program, lowering.exported
+    program, exported = lowering.program, lowering.quantized
     with torch.no_grad(), quiet():
         converted: Any = torch.onnx.export(
             exported,
             dynamo=True,
             opset_version=opset,
+            custom_translation_table=onnx_quantized.translations(),
             verbose=False,
         )
     model = converted.model
     _name_values(model.graph, [spec.name for spec in program.inputs], program.outputs)
     _name_dims(model.graph, program.inputs)
     _strip(model)
+    layers = onnx_quantized.shape_for_runtime(model.graph)
     _add_defaults(model.graph, lowering.defaults)
     size = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None)
     external = size > EXTERNAL_BYTES
     converted.save(str(folder / FILE), external_data=external)
     onnx.checker.check_model(str(folder / FILE), full_check=True)
-    return {"external_data": external, "outputs": [value.name for value in model.graph.outputs]}
+    return {"external_data": external, "outputs": [value.name for value in model.graph.outputs]}, layers
 
 
 def _add_defaults(graph: Any, defaults: Mapping[str, Tensor]) -> None:

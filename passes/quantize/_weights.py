@@ -6,12 +6,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.fx import Node
 
 from fxfreeze.kernels.dequantize import KERNEL as DEQUANTIZE
-from fxfreeze.program import Program
+from fxfreeze.program import INTEGERS, IntegerSite, Program
 
 from .._operators import WeightOperator
+from ._sites import Site
 
 LIMITS = {8: 127, 4: 7}
 """Bits → the largest integer of a weight. The smallest is its negative, so that 0 lies in the middle."""
@@ -83,8 +83,9 @@ def stored_weight(program: Program, operator: WeightOperator) -> Tensor:
     return weight
 
 
-def add_weight(program: Program, operator: WeightOperator, integers: Integers) -> Node:
-    """Constants of `integers`, and the operator that reads them, in front of the layer."""
+def read_integers(program: Program, site: Site, integers: Integers) -> None:
+    """Let the layer read `integers`, through constants and an operator in front of it, and note that it does."""
+    operator = site.operator
     node, name, dtype = operator.node, str(operator.weight.target), operator.weight.meta["val"].dtype
     zero = torch.zeros_like(integers.scale, dtype=torch.int8)
     values, scale, zero_point = (
@@ -92,6 +93,8 @@ def add_weight(program: Program, operator: WeightOperator, integers: Integers) -
         for suffix, value in ((".int", integers.values), (".scale", integers.scale), (".zero", zero))
     )
     layout = integers.layout
-    return program.call(
+    floats = program.call(
         DEQUANTIZE.op, values, scale, zero_point, layout.axis, layout.block, dtype, before=node, like=node
     )  # fmt: skip
+    node.replace_input_with(operator.weight, floats)
+    node.meta[INTEGERS] = IntegerSite(site.path, site.step.name)

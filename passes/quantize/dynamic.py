@@ -16,7 +16,7 @@ from .._adapters import describe
 from .._measured import Tally, measure_outputs
 from ._activations import HIGH, LOW
 from ._sites import Site, quantized_sites
-from ._weights import Layout, add_weight, stored_weight, to_integers
+from ._weights import Layout, read_integers, stored_weight, to_integers
 
 
 class QuantizeDynamic(Pass):
@@ -61,7 +61,7 @@ def _rewrite(program: Program, ctx: Context, site: Site, inputs: dict[Node, Node
     if operator.input not in inputs:
         inputs[operator.input] = inline(program, requantized, operator.input, before=node, like=node)
     node.replace_input_with(operator.input, inputs[operator.input])
-    node.replace_input_with(operator.weight, add_weight(program, operator, integers))
+    read_integers(program, site, integers)
     ctx.ledger.add(
         site=site.path, step=step.name, requested=describe(step), outcome="rewritten",
         executes=f"int8 weights, one scale per {step.granularity}; uint8 input, scaled per call",

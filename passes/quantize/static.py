@@ -19,7 +19,7 @@ from .._operators import aten
 from ._activations import Scale, add_scale, quantized, scale_of
 from ._calibrate import Seen, observe, watched_run
 from ._sites import Site, quantized_sites
-from ._weights import Integers, Layout, add_weight, stored_weight, to_integers
+from ._weights import Integers, Layout, read_integers, stored_weight, to_integers
 
 _RECTIFIERS = frozenset({aten.relu.default, aten.relu6.default, aten.hardtanh.default})
 _BIAS_LIMIT = 2**30
@@ -151,7 +151,7 @@ def _rewrite(program: Program, layers: Iterable[_Layer], scales: Mapping[Node, S
         add_scale(program, node, scale, node.users if node in everywhere else by_node.keys() & node.users.keys())
     for node, layer in by_node.items():
         operator = layer.site.operator
-        node.replace_input_with(operator.weight, add_weight(program, operator, layer.weight))
+        read_integers(program, layer.site, layer.weight)
         if layer.bias is not None and operator.bias is not None:
             program.rebind(operator.bias, layer.bias, user=node)
 

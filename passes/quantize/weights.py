@@ -8,7 +8,7 @@ from fxfreeze.rewrite import Context, Pass
 from .._adapters import describe
 from .._measured import Tally, measure_outputs
 from ._sites import Site, quantized_sites
-from ._weights import Layout, add_weight, stored_weight, to_integers
+from ._weights import Layout, read_integers, stored_weight, to_integers
 
 _BITS = {"int8-weight": 8, "int4-weight": 4}
 
@@ -46,7 +46,7 @@ def _rewrite(program: Program, ctx: Context, site: Site) -> None:
     integers = to_integers(weight, layout, _BITS[step.scheme], operator.weight.meta["val"].dtype)
     tally = Tally()
     tally.add(integers.floats(), weight, weight.new_empty(0))
-    operator.node.replace_input_with(operator.weight, add_weight(program, operator, integers))
+    read_integers(program, site, integers)
     ctx.ledger.add(
         site=site.path, step=step.name, requested=describe(step), outcome="rewritten",
         executes=f"int{_BITS[step.scheme]} weights, one scale per {step.granularity}",

@@ -1,0 +1,180 @@
+"""Quantized layers in ONNX: QuantizeLinear and DequantizeLinear, and what ONNX Runtime makes of them.
+
+Where dequantize → layer → quantize stand together, ONNX Runtime's optimiser puts one integer kernel in their place, or
+does not. Which of the two is read from the graph that it runs.
+"""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..kernels.dequantize import KERNEL as DEQUANTIZE
+from ..kernels.quantize import KERNEL as QUANTIZE
+
+KERNELS = frozenset({
+    "QLinearConv", "QLinearMatMul", "QGemm", "ConvInteger", "MatMulInteger", "MatMulIntegerToFloat",
+    "DynamicQuantizeMatMul", "MatMulNBits", "GatherBlockQuantized",
+})  # fmt: skip
+"""Operators of ONNX and ONNX Runtime that multiply integers, or unpack them block by block while they multiply."""
+
+_INT4 = 7
+
+
+def translations() -> dict[Any, Callable[..., Any]]:
+    """Operator of ours → the ONNX operator that it is, for ``torch.onnx.export``."""
+    from onnxscript import opset21 as op
+
+    def quantize(x, scale, zero_point, axis: int, block: int, low: int, high: int):  # type: ignore[no-untyped-def]
+        return op.QuantizeLinear(x, scale, zero_point, axis=axis, block_size=block)
+
+    def dequantize(q, scale, zero_point, axis: int, block: int, dtype: int):  # type: ignore[no-untyped-def]
+        return op.DequantizeLinear(q, scale, zero_point, axis=axis, block_size=block)
+
+    return {QUANTIZE.op: quantize, DEQUANTIZE.op: dequantize}
+
+
+def shape_for_runtime(graph: Any) -> list[str]:
+    """Put what the exporter wrote into the forms that ONNX Runtime has integer kernels for.
+
+    * a product reads its weight as [in, out], transposed in the file and not while it runs;
+    * a Gemm's bias is int32 on the grid of the product (ONNX Runtime does this for a Conv by itself);
+    * a scale that is computed from what it scales is DynamicQuantizeLinear;
+    * integers of 4 bits are stored as such.
+
+    Returns:
+        Names of the nodes that read a quantized weight, in the order of the graph.
+    """
+    for node in list(graph.all_nodes()):
+        if _is_weight(node):
+            _transpose(graph, node)
+    for node in list(graph.all_nodes()):
+        if node.op_type == "Gemm":
+            _integer_bias(graph, node)
+        elif _is_weight(node):
+            _pack(graph, node)
+    _drop_unread(graph)
+    readers = {reader.name: None for node in graph.all_nodes() for reader in _readers(node)}
+    return [node.name for node in graph.all_nodes() if node.name in readers]
+
+
+def kernels(path: Path, names: Sequence[str]) -> list[str | None]:
+    """The integer kernel that ONNX Runtime runs for each node of `names`; None: it computes that one in floats."""
+    import onnx
+    import onnxruntime
+
+    with tempfile.TemporaryDirectory() as folder:
+        options = onnxruntime.SessionOptions()
+        options.optimized_model_filepath = str(Path(folder) / "optimised.onnx")
+        options.log_severity_level = 4
+        # What it dumps is for this machine; the file may hold weights beside it.
+        options.add_session_config_entry("session.optimized_model_external_initializers_file_name", "weights.data")
+        onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        optimised = onnx.load(options.optimized_model_filepath, load_external_data=False)
+    # A node whose layout was changed on the way keeps its name, with "_token_1" appended.
+    ran = {re.sub(r"_token_\d+$", "", node.name): node.op_type for node in optimised.graph.node}
+    return [ran[name] if ran.get(name) in KERNELS else None for name in names]
+
+
+def _is_weight(node: Any) -> bool:
+    return (
+        node.op_type == "DequantizeLinear"
+        and node.inputs[0].const_value is not None
+        and len(node.inputs[0].shape or ()) >= 2
+    )
+
+
+def _readers(node: Any) -> Iterator[Any]:
+    if _is_weight(node):
+        yield from (reader for reader, _ in node.outputs[0].uses())
+
+
+def _transpose(graph: Any, node: Any) -> None:
+    """Of a weight [out, in] that one Transpose reads, or one Gemm without alpha or beta, transposed."""
+    uses = list(node.outputs[0].uses())
+    if len(uses) != 1 or len(node.inputs[0].shape) != 2:
+        return
+    (reader, _) = uses[0]
+    if reader.op_type == "Transpose" and tuple(reader.attributes["perm"].as_ints()) == (1, 0):
+        _turn(graph, node)
+        reader.outputs[0].replace_all_uses_with(node.outputs[0])
+        graph.remove(reader, safe=True)
+    elif reader.op_type == "Gemm" and reader.attributes["transB"].as_int():
+        _turn(graph, node)
+        _set(reader, "transB", 0)
+
+
+def _turn(graph: Any, node: Any) -> None:
+    for index, value in enumerate(node.inputs):
+        if len(value.shape) == 2:
+            found = torch.from_numpy(value.const_value.numpy()).T.contiguous()
+            node.replace_input_with(index, _constant(graph, f"{value.name}.T", found.numpy()))
+    _set(node, "axis", 1 - node.attributes["axis"].as_int())
+    if node.outputs[0].shape is not None:
+        import onnx_ir
+
+        node.outputs[0].shape = onnx_ir.Shape(tuple(node.outputs[0].shape)[::-1])
+
+
+def _integer_bias(graph: Any, gemm: Any) -> None:
+    import numpy
+    import onnx_ir
+
+    left, right, *bias = gemm.inputs
+    first, second = left.producer(), right.producer()
+    if not bias or bias[0] is None or bias[0].const_value is None or first is None or second is None:
+        return
+    if first.op_type != "DequantizeLinear" or first.inputs[1].const_value is None or not _is_weight(second):
+        return
+    step = first.inputs[1].const_value.numpy() * second.inputs[1].const_value.numpy()
+    whole = numpy.rint(bias[0].const_value.numpy().astype("float64") / step.astype("float64")).astype("int32")
+    scale = _constant(graph, f"{bias[0].name}.scale", step)
+    values = _constant(graph, f"{bias[0].name}.int", whole)
+    node = onnx_ir.node("DequantizeLinear", inputs=[values, scale], attributes={"axis": 0})
+    node.outputs[0].name, node.outputs[0].shape, node.outputs[0].type = (
+        f"{gemm.name}.bias", bias[0].shape, bias[0].type,
+    )  # fmt: skip
+    graph.insert_before(gemm, node)
+    gemm.replace_input_with(2, node.outputs[0])
+
+
+def _pack(graph: Any, node: Any) -> None:
+    """Blocked integers from -8 to 7 as INT4, two a byte."""
+    import ml_dtypes
+
+    values = node.inputs[0].const_value.numpy()
+    if not node.attributes["block_size"].as_int() or values.dtype != "int8" or abs(values).max(initial=0) > _INT4:
+        return
+    for index in (0, 2):
+        value = node.inputs[index]
+        packed = value.const_value.numpy().astype(ml_dtypes.int4)
+        node.replace_input_with(index, _constant(graph, f"{value.name}4", packed))
+
+
+def _constant(graph: Any, name: str, array: Any) -> Any:
+    import onnx_ir
+
+    while name in graph.initializers:
+        name += "_"
+    tensor = onnx_ir.Tensor(array, name=name)
+    value = onnx_ir.Value(name=name, shape=tensor.shape, type=onnx_ir.TensorType(tensor.dtype), const_value=tensor)
+    graph.register_initializer(value)
+    return value
+
+
+def _set(node: Any, name: str, value: int) -> None:
+    import onnx_ir
+
+    node.attributes[name] = onnx_ir.AttrInt64(name, value)
+
+
+def _drop_unread(graph: Any) -> None:
+    outputs = {id(value) for value in graph.outputs}
+    for name, value in list(graph.initializers.items()):
+        if not value.uses() and id(value) not in outputs:
+            del graph.initializers[name]
