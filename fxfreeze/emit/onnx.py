@@ -248,6 +248,7 @@ class OnnxRunner:
         options.intra_op_num_threads = torch.get_num_threads()
         # Threads may spin while a call runs, which is fast, but not on after it, which would slow everything else down.
         options.add_session_config_entry("session.force_spinning_stop", "1")
+        onnx_quantized.configure(options)
         options.log_severity_level = 4  # whatever matters is raised
         providers = ["CPUExecutionProvider"]
         if self._device.type == "cuda" and "CUDAExecutionProvider" in runtime.get_available_providers():

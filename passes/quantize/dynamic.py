@@ -40,7 +40,7 @@ class QuantizeDynamic(Pass):
 
 def requantized(x: Tensor) -> Tensor:
     """`x` as 256 integers over its own range have it."""
-    low, high = x.amin().clamp(max=0), x.amax().clamp(min=0)
+    low, high = x.min().clamp(max=0), x.max().clamp(min=0)
     step = ((high - low) / (HIGH - LOW)).clamp(min=torch.finfo(x.dtype).tiny)
     zero = torch.round(-low / step).clamp(LOW, HIGH).to(torch.uint8)
     return DEQUANTIZE.op(QUANTIZE.op(x, step, zero, 0, 0, LOW, HIGH), step, zero, 0, 0, x.dtype)

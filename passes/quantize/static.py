@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -43,7 +43,7 @@ class QuantizeStatic(Pass):
         sites = quantized_sites(program, ctx, lambda step: step.scheme == "int8" and step.mode == "static", _problem)
         if not sites:
             return 0
-        before, values = program.clone(), _values(sites)
+        before, (values, everywhere) = program.clone(), _values(sites)
         seen = observe(program, ctx, {node: step.calibrate for node, step in values.items()})
         scales = {node: scale_of(seen.observers[node].range(step.percentile), node.meta["val"].dtype)
                   for node, step in values.items()}  # fmt: skip
@@ -51,7 +51,7 @@ class QuantizeStatic(Pass):
         noise = _noise(program, ctx, layers, scales)
         for layer in layers:
             self._report(ctx, layer, seen, noise[layer.site.operator.node])
-        _rewrite(program, layers, scales)
+        _rewrite(program, layers, scales, everywhere)
         measure_outputs(ctx, program, before, "static int8")
         return len(sites)
 
@@ -101,14 +101,30 @@ def _problem(site: Site) -> str | None:
     return kinds.get(site.operator.kind)
 
 
-def _values(sites: Iterable[Site]) -> dict[Node, Quantize]:
-    """What gets a scale, and the step that says how: inputs, and results of convolutions."""
+def _values(sites: Iterable[Site]) -> tuple[dict[Node, Quantize], set[Node]]:
+    """What gets a scale, and the step that says how; and which of it everyone reads as integers, not layers alone.
+
+    The latter are results of convolutions, and of the sums that read them with all that these read: in floats both
+    sides of a sum would have to be converted.
+    """
     found: dict[Node, Quantize] = {}
+    everywhere: dict[Node, None] = {}
     for site in sites:
         found.setdefault(site.operator.input, site.step)
         if site.operator.kind == "conv":
-            found.setdefault(_result(site.operator.node), site.step)
-    return found
+            result = _result(site.operator.node)
+            for node in (result, *_summed(result)):
+                found.setdefault(node, site.step)
+                everywhere[node] = None
+    return found, set(everywhere)
+
+
+def _summed(result: Node) -> Iterator[Node]:
+    """Other operands of the sums that read `result`, and what they give."""
+    for total in result.users:
+        if total.target is aten.add.Tensor and not total.kwargs and len(total.all_input_nodes) == 2:
+            yield from (side for side in total.all_input_nodes if side is not result and side.op != "get_attr")
+            yield _result(total)
 
 
 def _result(node: Node) -> Node:
@@ -143,10 +159,8 @@ def _computed(layer: _Layer, value: Tensor) -> Tensor:
     return operator.node.target(*args, **kwargs)  # type: ignore[operator, no-any-return]
 
 
-def _rewrite(program: Program, layers: Iterable[_Layer], scales: Mapping[Node, Scale]) -> None:
+def _rewrite(program: Program, layers: Iterable[_Layer], scales: Mapping[Node, Scale], everywhere: set[Node]) -> None:
     by_node = {layer.site.operator.node: layer for layer in layers}
-    results = {_result(node) for node, layer in by_node.items() if layer.site.operator.kind == "conv"}
-    everywhere = results | {node for node in scales if _adds(node, results)}
     for node, scale in scales.items():
         add_scale(program, node, scale, node.users if node in everywhere else by_node.keys() & node.users.keys())
     for node, layer in by_node.items():
@@ -154,11 +168,3 @@ def _rewrite(program: Program, layers: Iterable[_Layer], scales: Mapping[Node, S
         read_integers(program, layer.site, layer.weight)
         if layer.bias is not None and operator.bias is not None:
             program.rebind(operator.bias, layer.bias, user=node)
-
-
-def _adds(node: Node, results: set[Node]) -> bool:
-    """Whether `node` is a sum of a convolution's result, or a ReLU of one: in floats, both sides would be converted."""
-    source = node.args[0] if node.target in _RECTIFIERS else node
-    return (
-        isinstance(source, Node) and source.target is aten.add.Tensor and any(side in results for side in source.args)
-    )

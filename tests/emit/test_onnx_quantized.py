@@ -1,0 +1,123 @@
+"""Quantized layers in the onnx target: which kernels ONNX Runtime runs, how integers are stored, what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy
+import onnx
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fxfreeze as fz
+from fxfreeze.emit import onnx_quantized
+from fxfreeze.errors import EmitError
+
+SIZE = 8
+
+
+class Net(nn.Module):
+    """A convolution, a block with a sum, and two linear layers, the second on three dims."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.one, self.two = nn.Conv2d(3, 8, 3, padding=1), *(nn.Conv2d(8, 8, 3, padding=1) for _ in "ab")
+        self.head, self.last = nn.Linear(8, 16), nn.Linear(16, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x).relu()
+        x = (self.two(self.one(x).relu()) + x).relu()
+        return self.last(self.head(x.mean((2, 3))).relu().unsqueeze(1))
+
+
+def batches() -> list[Tensor]:
+    return [torch.randn(32, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(seed)) for seed in range(4)]
+
+
+def compiled(step: Any, model: nn.Module | None = None, shape: tuple[Any, ...] = (3, SIZE, SIZE), **given: Any) -> Any:
+    torch.manual_seed(0)
+    plan = fz.Plan([fz.Input("x", ("batch", *shape))], [step] if step else [], targets=["onnx"])
+    return fz.compile((model or Net()).eval(), plan, **given)
+
+
+@pytest.fixture(scope="module")
+def static() -> Any:
+    return compiled(fz.Quantize(), calibration=batches())
+
+
+def model_of(artifact: Any) -> Any:
+    return onnx.load(artifact.folder / "onnx" / "model.onnx")
+
+
+def executes(artifact: Any) -> dict[str, str]:
+    return {row["site"]: row["executes"] for row in artifact.manifest["ledger"] if "in onnx" in row["executes"]}
+
+
+def test_every_layer_runs_on_integers(static: Any) -> None:
+    told = executes(static)
+    assert told == {
+        **dict.fromkeys(("stem", "one", "two"), "integer-executed by QLinearConv in onnx"),
+        "head": "integer-executed by QGemm in onnx", "last": "integer-executed by MatMulIntegerToFloat in onnx",
+    }  # fmt: skip
+
+
+def test_weights_are_stored_as_integers(static: Any) -> None:
+    stored = {item.name: item.data_type for item in model_of(static).graph.initializer if len(item.dims) >= 2}
+    assert set(stored.values()) == {onnx.TensorProto.INT8} and len(stored) == 5
+
+
+def test_the_outputs_are_those_of_the_program(static: Any) -> None:
+    x = batches()[0]
+    torch.manual_seed(0)
+    want = Net().eval()(x)
+    assert float((static(x) - want).norm() / want.norm()) < 0.03
+
+
+def test_a_zero_point_that_is_not_the_smallest_integer_leaves_floats(static: Any, tmp_path: Path) -> None:
+    """Behind a ReLU: what the label reads is ONNX Runtime's graph, not ours."""
+    model = model_of(static)
+    zeros = {item.name: item for item in model.graph.initializer}
+    (relu,) = [node.output[0] for node in model.graph.node if node.op_type == "Relu"][:1]
+    readers = [node for node in model.graph.node if node.input[0] == relu and node.op_type == "QuantizeLinear"]
+    quantized = readers[0].output[0]
+    model.graph.initializer.append(onnx.numpy_helper.from_array(numpy.array(3, "uint8"), "three"))
+    assert int(onnx.numpy_helper.to_array(zeros[readers[0].input[2]])) == 0
+    for node in model.graph.node:
+        if node is readers[0] or node.input[0] == quantized:
+            node.input[2] = "three"
+    onnx.save(model, tmp_path / "model.onnx")
+    convolutions = [node.name for node in model.graph.node if node.op_type == "Conv"]
+    found = onnx_quantized.kernels(tmp_path / "model.onnx", convolutions)
+    assert found.count("QLinearConv") == 2 and None in found
+
+
+def test_a_layer_that_would_run_in_floats_is_refused() -> None:
+    with pytest.raises(EmitError, match=r"(?s)quantized layers would be computed in floats.*stem: int8-weight"):
+        compiled(fz.Quantize(scheme="int8-weight"))
+    allowed = compiled(fz.Quantize(scheme="int8-weight", allow_simulated=True))
+    assert executes(allowed)["stem"] == "simulated in onnx"
+
+
+class Wide(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(64, 128), nn.GELU(), nn.Linear(128, 32))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x)
+
+
+def test_four_bits_are_packed_and_run_block_by_block() -> None:
+    artifact = compiled(fz.Quantize(scheme="int4-weight", granularity="group:32"), Wide(), (4, 64))
+    assert set(executes(artifact).values()) == {"integer-executed by MatMulNBits in onnx"}
+    stored = [item for item in model_of(artifact).graph.initializer if item.data_type == onnx.TensorProto.INT4]
+    assert (
+        sum(len(item.raw_data) for item in stored if len(item.dims) == 2 and item.dims[0] > 4) == (64 + 32) * 128 // 2
+    )
+
+
+def test_scales_of_the_call_run_on_integers() -> None:
+    artifact = compiled(fz.Quantize(mode="dynamic"), Wide(), (4, 64))
+    assert all("integer-executed" in text for text in executes(artifact).values()) and len(executes(artifact)) == 2
