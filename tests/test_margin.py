@@ -13,6 +13,7 @@ from fxfreeze.errors import CaptureError, EmitError
 from fxfreeze.margin import Slack, decides, slacks
 from fxfreeze.nn import TverskyProjection
 from fxfreeze.parity import check_model, check_target, draw
+from fxfreeze.proof import lifted_run
 from fxfreeze.serialize import load_program
 
 WIDTH, FEATURES, PROTOTYPES = 3, 5, 7
@@ -345,3 +346,43 @@ def test_every_candidate_may_be_picked():
 def test_equal_in_every_dtype_is_decided():
     program, _ = captured(Body(lambda x: x.relu().topk(2).values.sum(-1)), width=4)
     assert not masks(program, -torch.ones(4)).any()
+
+
+class Rounded(nn.Module):
+    """Integers of x, and their mean."""
+
+    def __init__(self, zero: int = 0) -> None:
+        super().__init__()
+        self.register_buffer("scale", torch.tensor(0.1))
+        self.register_buffer("zero", torch.tensor(zero, dtype=torch.int8))
+
+    def forward(self, x):
+        whole = torch.ops.fxfreeze.quantize(x.mul(3).div(3), self.scale, self.zero, 0, 0, -128, 127)
+        return torch.ops.fxfreeze.dequantize(whole, self.scale, self.zero, 0, 0, torch.float32)
+
+
+def rounded(x):
+    import fxfreeze.kernels.dequantize
+    import fxfreeze.kernels.quantize  # noqa: F401
+
+    program, _ = capture(Rounded().eval(), Plan(inputs=[Input("x", shape=tuple(x.shape))]))
+    return program, slacks(program, [x])[0]
+
+
+def test_halfway_between_two_integers_it_may_be_either():
+    x = torch.tensor([[0.1, 0.24, 0.25, -0.35, 0.3]])
+    _, slack = rounded(x)
+    moves = (slack.high - slack.low) > 0.09
+    assert moves.tolist() == [[False, False, True, True, False]]
+
+
+def test_away_from_there_an_integer_is_decided():
+    assert rounded(torch.tensor([[0.1, 0.24, 0.26, -0.34, 0.3]]))[1] is None
+
+
+def test_one_integer_off_is_more_than_rounding():
+    x = torch.tensor([[0.1, 0.24, 0.25, -0.35, 0.3]])
+    program, slack = rounded(x)
+    (right,) = lifted_run(program, [x])
+    wrong = right + torch.tensor([[0.1, 0.0, 0.0, 0.0, 0.0]], dtype=torch.float64)
+    assert float(slack.excess(wrong - right).max()) > 0.09
