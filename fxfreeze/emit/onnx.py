@@ -224,7 +224,8 @@ def _strip(model: Any) -> None:
 
 
 def _drop_notes(notes: Any) -> None:
-    for key in [key for key in notes if key.startswith(_METADATA) and not key.endswith("name_scopes")]:
+    # "namespace" says the same as the name scopes, at three times the length.
+    for key in [key for key in notes if key.startswith((_METADATA, "namespace")) and not key.endswith("name_scopes")]:
         del notes[key]
 
 

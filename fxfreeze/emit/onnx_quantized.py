@@ -59,11 +59,11 @@ def shape_for_runtime(graph: Any) -> list[str]:
             _integer_bias(graph, node)
         elif _is_weight(node):
             _pack(graph, node)
-    for node in graph.all_nodes():
-        if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
-            _hush(node)
+    readers = {reader.name for node in graph.all_nodes() for reader in _readers(node)}
     _drop_unread(graph)
-    readers = {reader.name: None for node in graph.all_nodes() for reader in _readers(node)}
+    conversions = [node for node in graph.all_nodes() if node.op_type in ("QuantizeLinear", "DequantizeLinear")]
+    for node in conversions:
+        _hush(node)
     return [node.name for node in graph.all_nodes() if node.name in readers]
 
 
@@ -185,9 +185,9 @@ def _set(node: Any, name: str, value: int) -> None:
 
 def _hush(node: Any) -> None:
     node.metadata_props.clear()
-    for value in node.outputs:
-        value.metadata_props.clear()
-        if not value.is_graph_output():
+    for value in (*node.inputs, *node.outputs):
+        if value.const_value is not None or (value in node.outputs and not value.is_graph_output()):
+            value.metadata_props.clear()
             value.shape = value.type = None
 
 
