@@ -20,7 +20,7 @@ from torch.fx import Node
 
 from .errors import MissingDependencyError
 from .exporting import quiet
-from .program import Program
+from .program import INTEGERS, Program
 
 _HOMES = ("torch._inductor.fx_passes.quantization", "torchao.quantization.pt2e.inductor_passes.x86")
 _REGISTER = "_register_quantization_weight_pack_pass"
@@ -47,6 +47,37 @@ def with_integers(program: Program) -> Program:
             program.replace(node, program.call(target, *args, before=node, like=node))
     program.sweep()
     return program
+
+
+def executed(program: Program, calls: int) -> dict[str, Any]:
+    """The fact ``integer``: for every quantized layer its site, its step, and what runs it, or None for floats.
+
+    Args:
+        calls: of integer kernels, in the code that was generated for `program`. It does not say for which layers: are
+            there fewer than layers of constant scales, none of these counts as executed.
+    """
+    layers = [node for node in program.graph.nodes if INTEGERS in node.meta]
+    static = {node for node in layers if _reads_constant_grid(program, node)}
+    ran = static if calls == len(static) else set[Node]()
+    found = [(node.meta[INTEGERS], node in ran) for node in layers]
+    return {"integer": [[site.path, site.step, "oneDNN" if done else None] for site, done in found]}
+
+
+def _reads_constant_grid(program: Program, layer: Node) -> bool:
+    """Whether the layer reads integers of an activation, on a grid of constants."""
+    for value in layer.all_input_nodes:
+        source = value.args[0] if _is_ours(value, "dequantize") else None
+        if isinstance(source, Node) and _is_ours(source, "quantize"):
+            return _replacement(program, source)[0] is not None
+    return False
+
+
+def count_lowered() -> int:
+    """How many integer kernels Inductor has put into code so far, in this process."""
+    from torch._dynamo.utils import counters
+
+    found = counters["inductor"]
+    return sum(found[name] for name in list(found) if re.match(r"q(conv|linear).*_lower_count$", name))
 
 
 def count_calls(package: Path) -> int:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ..errors import ArtifactError
 from ..exporting import quiet
-from ..integers import count_calls, has_integers
+from ..integers import count_calls, executed, has_integers
 from ..lower import Lowering, emit_error, shims
 from ..serialize import Interface
 from .runner import Runner, on_cpu
@@ -51,7 +51,7 @@ def emit(lowering: Lowering, folder: Path) -> dict[str, Any]:
         path.unlink(missing_ok=True)
         raise emit_error("AOTInductor cannot compile the program", error) from error
     facts: dict[str, Any] = {"freezing": configs["freezing"]}  # the compiler adds settings of its own to configs
-    return facts | ({"integer_calls": count_calls(path)} if has_integers(lowering.program) else {})
+    return facts | (executed(lowering.program, count_calls(path)) if has_integers(lowering.program) else {})
 
 
 def load(folder: Path, interface: Interface) -> Runner:

@@ -25,17 +25,28 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from ..exporting import quiet
-from ..integers import has_integers, with_integers
+from ..integers import count_lowered, executed, has_integers, with_integers
 from ..lower import Lowering, emit_error
 from ..program import TensorSpec
+from ..sampling import sample_inputs, tracing_sizes
 from ..serialize import Interface, load_program, save_program
 from .runner import on_cpu
 
 
 def emit(lowering: Lowering, folder: Path) -> dict[str, Any]:
     """Write the Program. Raises ArtifactError when it holds something that cannot be stored."""
-    save_program(lowering.program, folder)
-    return {"freezing": on_cpu(lowering.program.inputs)}
+    program = lowering.program
+    save_program(program, folder)
+    facts: dict[str, Any] = {"freezing": on_cpu(program.inputs)}
+    return facts | (executed(program, _lowered(lowering, folder)) if has_integers(program) else {})
+
+
+def _lowered(lowering: Lowering, folder: Path) -> int:
+    """How many integer kernels are in the code; it is compiled to see."""
+    program, before = lowering.program, count_lowered()
+    inputs = sample_inputs(program, tracing_sizes(program.inputs, program.dims, None), 0, lowering.examples)
+    load(folder, Interface.of(program))(*inputs)
+    return count_lowered() - before
 
 
 def load(folder: Path, interface: Interface) -> CompiledProgram:
