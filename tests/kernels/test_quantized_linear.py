@@ -62,6 +62,7 @@ def test_products(form: str, bits: int, inputs: int, groups: int, shape: tuple[i
 def test_inputs_that_are_no_whole_chunks_and_float64_run_as_well() -> None:
     x, integers, scale, bias = draw(3, inputs=20, out=5, groups=2, bits=8)
     agrees(KERNEL.op(x, integers, scale, bias), x, integers, scale, bias)
+    x, integers, scale, bias = draw(3, inputs=64, out=5, groups=2, bits=8)
     found = KERNEL.op(x.double(), integers, scale.double(), bias.double())
     agrees(found, x.double(), integers, scale, bias)
 
