@@ -86,3 +86,25 @@ def test_all_targets_compute_it(trained: fz.AdaptedModule, tmp_path: Path) -> No
         torch.testing.assert_close(artifact.target(target)(x), trained(x).detach(), rtol=1e-4, atol=1e-5)
     ledger = artifact.manifest["ledger"]
     assert [row for row in ledger if row["requested"] == "compaction" and row["outcome"] == "rewritten"]
+
+
+@pytest.mark.slow
+def test_what_adapters_and_pruning_leave_is_quantized() -> None:
+    pytest.importorskip("onnxruntime", reason="needs fxfreeze[onnx]")
+    pytest.importorskip("torchao", reason="needs fxfreeze[int8]")
+    targets, x = ("torch", "onnx"), torch.randn(64, 3, 16, 16, generator=torch.Generator().manual_seed(2))
+    steps = [*plan().steps[:3], fz.Quantize()]
+    net = fz.adapt(Net(), fz.Plan(INPUTS, steps))
+    with torch.no_grad():
+        for value in net.parameters():
+            value.normal_(std=0.1, generator=torch.Generator().manual_seed(value.numel()))
+    artifact = fz.compile(net, fz.Plan(INPUTS, steps, targets), calibration=[x])
+    wanted, ledger = net(x).detach(), artifact.manifest["ledger"]
+    for target in targets:
+        gap = (artifact.target(target)(x) - wanted).norm() / wanted.norm()
+        assert 1e-4 < float(gap) < 0.03, (target, gap)
+        ran = {
+            row["site"] for row in ledger if row["executes"].startswith("integer") and row["executes"].endswith(target)
+        }
+        assert ran == {"stem", "conv1", "conv2", "up", "down", "out"}
+    assert [row["executes"] for row in ledger if row["requested"] == "compaction"] == ["16 channels", "32 channels"]
