@@ -20,17 +20,19 @@ from torch.fx import Node
 
 from .errors import MissingDependencyError
 from .exporting import quiet
-from .program import INTEGERS, Program
+from .kernels.dequantize import KERNEL as DEQUANTIZE
+from .kernels.quantize import KERNEL as QUANTIZE
+from .program import INTEGERS, Program, on_cpu
 
 _HOMES = ("torch._inductor.fx_passes.quantization", "torchao.quantization.pt2e.inductor_passes.x86")
 _REGISTER = "_register_quantization_weight_pack_pass"
+OPERATORS = (QUANTIZE.op, DEQUANTIZE.op)
 _CALL = re.compile(r"aoti_torch_cpu__(qconv|qlinear)\w*\(")
 
 
 def has_integers(program: Program) -> bool:
     """Whether `program` quantizes activations, on a CPU."""
-    on_cpu = all(spec.device.type == "cpu" for spec in program.inputs)
-    return on_cpu and any(_is_ours(node, "quantize") for node in program.graph.nodes)
+    return on_cpu(program.inputs) and any(node.target is QUANTIZE.op for node in program.graph.nodes)
 
 
 def with_integers(program: Program) -> Program:
@@ -66,8 +68,8 @@ def executed(program: Program, calls: int) -> dict[str, Any]:
 def _reads_constant_grid(program: Program, layer: Node) -> bool:
     """Whether the layer reads integers of an activation, on a grid of constants."""
     for value in layer.all_input_nodes:
-        source = value.args[0] if _is_ours(value, "dequantize") else None
-        if isinstance(source, Node) and _is_ours(source, "quantize"):
+        source = value.args[0] if value.target is DEQUANTIZE.op else None
+        if isinstance(source, Node) and source.target is QUANTIZE.op:
             return _replacement(program, source)[0] is not None
     return False
 
@@ -88,27 +90,23 @@ def count_calls(package: Path) -> int:
     return sum(len(_CALL.findall(source)) for source in sources)
 
 
-def _is_ours(node: Node, name: str) -> bool:
-    return node.op == "call_function" and str(node.target) == f"fxfreeze.{name}.default"
-
-
 def _replacement(program: Program, node: Node) -> tuple[Any, tuple[Any, ...]]:
     """The operator to call instead, and its arguments; None: it stays as it is."""
-    if not (_is_ours(node, "quantize") or _is_ours(node, "dequantize")):
+    if node.target not in OPERATORS:
         return None, ()
     ops = torch.ops.quantized_decomposed
     value, scale, zero, axis, block = node.args[:5]
     values = [program.state.tensor(str(item.target)) if item.op == "get_attr" else None for item in (scale, zero)]  # type: ignore[union-attr]
     if values[0] is None or values[1] is None or block:
         return None, ()
-    dtype = (node if _is_ours(node, "quantize") else value).meta["val"].dtype  # type: ignore[union-attr]
+    dtype = (node if node.target is QUANTIZE.op else value).meta["val"].dtype  # type: ignore[union-attr]
     low, high = torch.iinfo(dtype).min, torch.iinfo(dtype).max
     if values[0].ndim == 0:
         numbers = (float(values[0]), int(values[1]))
-        if _is_ours(node, "quantize"):
+        if node.target is QUANTIZE.op:
             return ops.quantize_per_tensor.default, (value, *numbers, *node.args[5:7], dtype)
         return ops.dequantize_per_tensor.default, (value, *numbers, low, high, dtype)
-    if _is_ours(node, "quantize"):
+    if node.target is QUANTIZE.op:
         return None, ()
     return ops.dequantize_per_channel.default, (value, scale, zero, axis, low, high, dtype)
 

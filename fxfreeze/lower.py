@@ -21,7 +21,7 @@ from torch.fx import GraphModule, Node
 
 from .errors import EmitError
 from .exporting import dynamic_shapes, quiet, summary
-from .integers import has_integers, with_integers
+from .integers import OPERATORS, has_integers, with_integers
 from .program import Program, is_effectful
 from .sampling import sample_inputs, tracing_sizes
 
@@ -61,10 +61,9 @@ class Lowering:
     @cached_property
     def quantized(self) -> ExportedProgram:
         """As `exported`, with quantize and dequantize whole; for targets that know them."""
-        whole = set(_integers())
-        if not any(node.target in whole for node in self.program.graph.nodes):
+        if not any(node.target in OPERATORS for node in self.program.graph.nodes):
             return self.exported
-        table = {op: function for op, function in references().items() if op not in whole}
+        table = {op: function for op, function in references().items() if op not in OPERATORS}
         return export(self.program, table=table, examples=self.examples)
 
 
@@ -83,10 +82,6 @@ def shims(exported: ExportedProgram) -> dict[Any, list[str]]:
     present = {node.target for node in exported.graph.nodes}
     forms = {kernel.native_op: kernel for kernel in _kernels() if kernel.native is not None}
     return {op: [kernel.shim()] for op, kernel in forms.items() if op in present}
-
-
-def _integers() -> list[Any]:
-    return [kernel.op for kernel in _kernels() if kernel.name in ("quantize", "dequantize")]
 
 
 def _kernels() -> Collection[Any]:

@@ -323,6 +323,19 @@ class Step(Record):
         return self
 
 
+class _Excluding(Step):
+    """A step that may be told to leave modules alone."""
+
+    if TYPE_CHECKING:
+        exclude: Patterns | None
+
+    @property
+    def excluded(self) -> tuple[str, ...]:
+        """`exclude` as a tuple."""
+        given = self.exclude if self.exclude is not None else ()
+        return (given,) if isinstance(given, str) else tuple(given)
+
+
 class _FromPeft(Step):
     """A step that a peft checkpoint can hold.
 
@@ -998,7 +1011,7 @@ class Replace(Step):
     )
 
 
-class Prune(Step):
+class Prune(_Excluding):
     """Weights that are zero: W ← mask ⊙ W, after everything else that changes W.
 
     Which ones is said by a file of masks (``method="mask"``), or chosen when the plan is adapted:
@@ -1092,12 +1105,6 @@ class Prune(Step):
             name: str = "",
         ) -> None: ...
 
-    @property
-    def excluded(self) -> tuple[str, ...]:
-        """`exclude` as a tuple."""
-        given = self.exclude if self.exclude is not None else ()
-        return (given,) if isinstance(given, str) else tuple(given)
-
     def _problems(self) -> Iterator[Problem]:
         for key, methods in _PRUNES_BY.items():
             if self.method not in methods and getattr(self, key) != type(self).model_fields[key].default:
@@ -1130,7 +1137,7 @@ _PRUNES_BY: dict[str, tuple[str, ...]] = {
 """Fields of :class:`Prune` → the methods with which they mean something."""
 
 
-class Quantize(Step):
+class Quantize(_Excluding):
     """Weights, and with some schemes what they multiply, as small integers.
 
     It is done after everything else that changes weights, and is lossy: what it costs is measured on `calibration`. A
@@ -1192,12 +1199,6 @@ class Quantize(Step):
             *,
             name: str = "",
         ) -> None: ...
-
-    @property
-    def excluded(self) -> tuple[str, ...]:
-        """`exclude` as a tuple."""
-        given = self.exclude if self.exclude is not None else ()
-        return (given,) if isinstance(given, str) else tuple(given)
 
     @property
     def block(self) -> int:

@@ -534,6 +534,11 @@ class Program:
         return module
 
 
+def on_cpu(specs: Sequence[TensorSpec]) -> bool:
+    """Whether all inputs lie on the CPU."""
+    return all(spec.device.type == "cpu" for spec in specs)
+
+
 def integer_sites(program: Program) -> list[IntegerSite]:
     """Every quantized layer, in graph order."""
     return [node.meta[INTEGERS] for node in program.graph.nodes if INTEGERS in node.meta]

@@ -20,7 +20,7 @@ from torch.fx import Node
 
 from .calibration import Calibration
 from .errors import PassError, PlanError
-from .plan import Plan, Step
+from .plan import Plan, Prune, Quantize, Step
 from .program import Program
 
 Outcome = Literal["rewritten", "refused", "skipped", "measured"]
@@ -193,6 +193,21 @@ def match_sites(program: Program, step: Step, index: int) -> list[str]:
             )  # fmt: skip
         chosen.update(dict.fromkeys(hits))
     return [path for path in paths if path in chosen]
+
+
+def check_excluded(program: Program, step: Prune | Quantize, index: int) -> None:
+    """Refuse an `exclude` pattern that names no module.
+
+    Raises:
+        PlanError: lists the nearest paths.
+    """
+    paths = list(program.module_paths())
+    for glob in step.excluded:
+        if not any(fnmatchcase(path, glob) for path in paths):
+            raise PlanError(
+                f"steps[{index}].exclude: no module matches {glob!r}",
+                where=step.name, hint="nearest paths: " + ", ".join(nearest(glob, paths)),
+            )  # fmt: skip
 
 
 def nearest(pattern: str, paths: Sequence[str], count: int = 5) -> list[str]:

@@ -83,7 +83,7 @@ def split_name(name: str) -> tuple[str, str]:
     return name.partition(".")[0], name.rpartition(".")[2]
 
 
-def prunes(step: Prune, path: str) -> bool:
+def addresses(step: Prune | Quantize, path: str) -> bool:
     """Whether `step` names the module at `path`, and excludes neither it nor one around it."""
     parts = path.split(".")
     around = [".".join(parts[:depth]) for depth in range(1, len(parts) + 1)]
@@ -93,7 +93,7 @@ def prunes(step: Prune, path: str) -> bool:
 
 def is_pruned(steps: Iterable[Step], path: str) -> bool:
     """Whether the weight at `path` may get a mask, so that it must be one tensor in the graph."""
-    return any(isinstance(step, Prune) and prunes(step, path) for step in steps)
+    return any(isinstance(step, Prune) and addresses(step, path) for step in steps)
 
 
 def describe(step: Step) -> str:

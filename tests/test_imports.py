@@ -66,7 +66,7 @@ TABLE: dict[str, str] = {
     "inline": "program",
     "proof": "constants program sampling",
     "pipeline": "constants dataflow passes plan program proof rewrite sampling",
-    "integers": "exporting program",
+    "integers": "exporting kernels program",
     "lower": "exporting integers kernels program sampling",
     "emit": "binding exporting integers kernels lower program sampling serialize",
     "margin": "constants kernels lower program proof",

@@ -25,8 +25,9 @@ from ..errors import ArtifactError
 from ..exporting import quiet
 from ..integers import count_calls, executed, has_integers
 from ..lower import Lowering, emit_error, shims
+from ..program import on_cpu
 from ..serialize import Interface
-from .runner import Runner, on_cpu
+from .runner import Runner
 
 FILE = "model.pt2"
 

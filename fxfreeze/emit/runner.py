@@ -6,8 +6,6 @@ from typing import Protocol
 
 from torch import Tensor
 
-from ..program import TensorSpec
-
 
 class Runner(Protocol):
     """Flat tensors in the order of the interface → flat tuple of tensors.
@@ -18,8 +16,3 @@ class Runner(Protocol):
     """
 
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]: ...
-
-
-def on_cpu(specs: tuple[TensorSpec, ...]) -> bool:
-    """Whether all inputs lie on the CPU."""
-    return all(spec.device.type == "cpu" for spec in specs)

@@ -27,10 +27,9 @@ from torch.fx import GraphModule
 from ..exporting import quiet
 from ..integers import count_lowered, executed, has_integers, with_integers
 from ..lower import Lowering, emit_error
-from ..program import TensorSpec
+from ..program import TensorSpec, on_cpu
 from ..sampling import sample_inputs, tracing_sizes
 from ..serialize import Interface, load_program, save_program
-from .runner import on_cpu
 
 
 def emit(lowering: Lowering, folder: Path) -> dict[str, Any]:

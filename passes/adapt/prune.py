@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor
@@ -14,9 +13,9 @@ from fxfreeze.errors import PlanError
 from fxfreeze.masks import check_masks, density, read_mask
 from fxfreeze.plan import Prune
 from fxfreeze.program import Origin, Program
-from fxfreeze.rewrite import Context, Pass, match_sites, nearest
+from fxfreeze.rewrite import Context, Pass, check_excluded, match_sites
 
-from .._adapters import BASE, DELTA, MASK, describe, mask_name, parameter_name, prunes
+from .._adapters import BASE, DELTA, MASK, addresses, describe, mask_name, parameter_name
 from .._measured import measure_outputs, pruned_words
 from .._operators import apply, aten
 from ._masked import Place, Places, find_places
@@ -74,22 +73,13 @@ class _Pruning:
 
     def run(self) -> int:
         """How many operators were put in."""
-        self._check_excluded()
+        check_excluded(self.program, self.step, self.index)
         masks = self._held() or self._chosen()
         count = sum(self._insert(place, mask) for place, mask in masks.items())
         self.source.finish()
         return count
 
     # ------------------------------------------------------------------ which
-
-    def _check_excluded(self) -> None:
-        paths = list(self.program.module_paths())
-        for glob in self.step.excluded:
-            if not any(fnmatchcase(path, glob) for path in paths):
-                raise PlanError(
-                    f"steps[{self.index}].exclude: no module matches {glob!r}", where=self.step.name,
-                    hint="nearest paths: " + ", ".join(nearest(glob, paths)),
-                )  # fmt: skip
 
     def _held(self) -> Masks:
         """The masks of the step's file of weights, if it has any."""
@@ -131,7 +121,7 @@ class _Pruning:
 
     def _of_channels(self) -> Masks:
         step, program, offers = self.step, self.program, _layers(self.program, self.places, self.step)
-        layers = {path: held for path, held in offers.operators.items() if prunes(step, path)}
+        layers = {path: held for path, held in offers.operators.items() if addresses(step, path)}
         found, misfits = find_channels(program, self.places, layers)
         if step.criterion == "batchnorm":
             bare = {path: "makes channels that no batch norm scales, which the criterion looks at"
@@ -173,13 +163,13 @@ class _Pruning:
     def _taken(self, offers: Places) -> list[Place]:
         """The places that the step takes; rows in the ledger for what it matches and cannot take."""
         taken, refused = resolve(offers, self.step, self.index)
-        named = [path for path in taken if prunes(self.step, path)]
+        named = [path for path in taken if addresses(self.step, path)]
         if not named:
             raise PlanError(f"steps[{self.index}].exclude: leaves nothing of {', '.join(taken[:6])}",
                             where=self.step.name)  # fmt: skip
         for path, reason in refused.items():
             # A lone * is whatever can be pruned: what has no parameters was not asked for.
-            if prunes(self.step, path) and (self.step.patterns != ("*",) or path in offers.refused):
+            if addresses(self.step, path) and (self.step.patterns != ("*",) or path in offers.refused):
                 self._tell(path, "refused", f"{path} {reason}")
         return [place for path in named for place in offers.operators[path]]
 
@@ -192,11 +182,11 @@ class _Pruning:
         found: Masks = {}
         for place in self.places:
             name = next((name for name in names[place] if name in stored), None)
-            if name is not None and prunes(self.step, place.path):
+            if name is not None and addresses(self.step, place.path):
                 found[place] = stored[name].to(self._device(place))
             elif name is not None:
                 self._tell(place.path, "skipped", f"{file} has a mask for {name}, whose module the step does not name")
-            elif prunes(self.step, place.path) and place.operator is not None:
+            elif addresses(self.step, place.path) and place.operator is not None:
                 self._tell(place.path, "skipped", f"{place.key} stays dense: {file} has no mask for it")
         if not found:
             raise PlanError(

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 
 from torch.fx import Node
 
 from fxfreeze.errors import PlanError
 from fxfreeze.plan import Quantize
 from fxfreeze.program import Program
-from fxfreeze.rewrite import Context, match_sites, nearest
+from fxfreeze.rewrite import Context, check_excluded, match_sites
 
-from .._adapters import describe
+from .._adapters import addresses, describe
 from .._operators import WeightOperator, constant_problem, weight_operator
 
 
@@ -41,7 +40,9 @@ def quantized_sites(
     for index, step in enumerate(ctx.plan.steps):
         if not isinstance(step, Quantize):
             continue
-        paths, found = set(_named(program, step, index)), False
+        check_excluded(program, step, index)
+        paths = {path for path in match_sites(program, step, index) if addresses(step, path)}
+        found = False
         for node, path in offered.items():
             operator = weight_operator(node)
             if path not in paths or not isinstance(operator, WeightOperator):
@@ -71,21 +72,3 @@ def _layers(program: Program) -> Iterator[tuple[Node, str]]:
             continue
         path, owner = program.module_path(node), str(operator.weight.target).rpartition(".")[0]
         yield node, owner if owner.startswith(f"{path}.") else path
-
-
-def _named(program: Program, step: Quantize, index: int) -> list[str]:
-    """Paths that the step names; excluding a module excludes what is inside of it."""
-    known = list(program.module_paths())
-    for glob in step.excluded:
-        if not any(fnmatchcase(path, glob) for path in known):
-            raise PlanError(
-                f"steps[{index}].exclude: no module matches {glob!r}",
-                where=step.name, hint="nearest paths: " + ", ".join(nearest(glob, known)),
-            )  # fmt: skip
-    return [path for path in match_sites(program, step, index) if not _excluded(step, path)]
-
-
-def _excluded(step: Quantize, path: str) -> bool:
-    parts = path.split(".")
-    around = [".".join(parts[:count]) for count in range(1, len(parts) + 1)]
-    return any(fnmatchcase(outer, glob) for outer in around for glob in step.excluded)

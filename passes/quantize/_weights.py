@@ -9,7 +9,10 @@ from torch import Tensor
 
 from fxfreeze.kernels.dequantize import KERNEL as DEQUANTIZE
 from fxfreeze.program import INTEGERS, IntegerSite, Program
+from fxfreeze.rewrite import Context
 
+from .._adapters import describe
+from .._measured import Tally
 from .._operators import WeightOperator
 from ._sites import Site
 
@@ -98,3 +101,21 @@ def read_integers(program: Program, site: Site, integers: Integers) -> None:
     )  # fmt: skip
     node.replace_input_with(operator.weight, floats)
     node.meta[INTEGERS] = IntegerSite(site.path, site.step.name)
+
+
+def quantize_weight(program: Program, ctx: Context, site: Site, bits: int, inputs: str = "") -> None:
+    """Let the layer read its weight as integers, and say in the ledger what that changes in it.
+
+    Args:
+        inputs: words for what became of the layer's input.
+    """
+    step, operator = site.step, site.operator
+    weight, layout = stored_weight(program, operator), Layout.of(operator, step.granularity)
+    integers = to_integers(weight, layout, bits, operator.weight.meta["val"].dtype)
+    tally = Tally()
+    tally.add(integers.floats(), weight, weight.new_empty(0))
+    read_integers(program, site, integers)
+    ctx.ledger.add(
+        site=site.path, step=step.name, requested=describe(step), outcome="rewritten",
+        executes=f"int{bits} weights, one scale per {step.granularity}{inputs}", detail=f"{tally.words} of its weight",
+    )  # fmt: skip

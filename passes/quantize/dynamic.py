@@ -12,11 +12,10 @@ from fxfreeze.kernels.quantize import KERNEL as QUANTIZE
 from fxfreeze.program import Program
 from fxfreeze.rewrite import Context, Pass
 
-from .._adapters import describe
-from .._measured import Tally, measure_outputs
+from .._measured import measure_outputs
 from ._activations import HIGH, LOW
 from ._sites import Site, quantized_sites
-from ._weights import Layout, read_integers, stored_weight, to_integers
+from ._weights import quantize_weight
 
 
 class QuantizeDynamic(Pass):
@@ -53,17 +52,8 @@ def _problem(site: Site) -> str | None:
 
 
 def _rewrite(program: Program, ctx: Context, site: Site, inputs: dict[Node, Node]) -> None:
-    step, operator, node = site.step, site.operator, site.operator.node
-    weight, layout = stored_weight(program, operator), Layout.of(operator, step.granularity)
-    integers = to_integers(weight, layout, 8, operator.weight.meta["val"].dtype)
-    tally = Tally()
-    tally.add(integers.floats(), weight, weight.new_empty(0))
-    if operator.input not in inputs:
-        inputs[operator.input] = inline(program, requantized, operator.input, before=node, like=node)
-    node.replace_input_with(operator.input, inputs[operator.input])
-    read_integers(program, site, integers)
-    ctx.ledger.add(
-        site=site.path, step=step.name, requested=describe(step), outcome="rewritten",
-        executes=f"int8 weights, one scale per {step.granularity}; uint8 input, scaled per call",
-        detail=f"{tally.words} of its weight",
-    )  # fmt: skip
+    value, node = site.operator.input, site.operator.node
+    if value not in inputs:
+        inputs[value] = inline(program, requantized, value, before=node, like=node)
+    node.replace_input_with(value, inputs[value])
+    quantize_weight(program, ctx, site, 8, "; uint8 input, scaled per call")

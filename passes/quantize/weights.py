@@ -5,10 +5,9 @@ from __future__ import annotations
 from fxfreeze.program import Program
 from fxfreeze.rewrite import Context, Pass
 
-from .._adapters import describe
-from .._measured import Tally, measure_outputs
+from .._measured import measure_outputs
 from ._sites import Site, quantized_sites
-from ._weights import Layout, read_integers, stored_weight, to_integers
+from ._weights import quantize_weight
 
 _BITS = {"int8-weight": 8, "int4-weight": 4}
 
@@ -24,7 +23,7 @@ class QuantizeWeights(Pass):
             return 0
         before = program.clone()
         for site in sites:
-            _rewrite(program, ctx, site)
+            quantize_weight(program, ctx, site, _BITS[site.step.scheme])
         measure_outputs(ctx, program, before, "integer weights")
         return len(sites)
 
@@ -38,17 +37,3 @@ def _problem(site: Site) -> str | None:
     if block and operator.in_features % block:
         return f"its {operator.in_features} inputs are no multiple of {block}"
     return None
-
-
-def _rewrite(program: Program, ctx: Context, site: Site) -> None:
-    step, operator = site.step, site.operator
-    weight, layout = stored_weight(program, operator), Layout.of(operator, step.granularity)
-    integers = to_integers(weight, layout, _BITS[step.scheme], operator.weight.meta["val"].dtype)
-    tally = Tally()
-    tally.add(integers.floats(), weight, weight.new_empty(0))
-    read_integers(program, site, integers)
-    ctx.ledger.add(
-        site=site.path, step=step.name, requested=describe(step), outcome="rewritten",
-        executes=f"int{_BITS[step.scheme]} weights, one scale per {step.granularity}",
-        detail=f"{tally.words} of its weight",
-    )  # fmt: skip
