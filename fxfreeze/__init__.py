@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from ._version import __version__
 from .adapt import AdaptedModule, adapt
-from .api import compile
+from .api import compile, sensitivity
 from .artifact import Artifact, load
 from .diagnose import Diagnosis, diagnose_prunability
 from .errors import (
@@ -52,6 +52,7 @@ from .plan import (
     from_adapterhub,
     from_peft,
 )
+from .sensitivity import SiteSensitivity
 from .tickets import Ticket, Tickets, find_ticket
 
 __all__ = [
@@ -86,6 +87,7 @@ __all__ = [
     "Prune",
     "Quantize",
     "Replace",
+    "SiteSensitivity",
     "Splice",
     "Tap",
     "Ticket",
@@ -101,4 +103,5 @@ __all__ = [
     "from_adapterhub",
     "from_peft",
     "load",
+    "sensitivity",
 ]

@@ -49,6 +49,7 @@ from .locks import alone
 from .lower import Lowering
 from .plan import Gate, LoRA, Plan, Quantize
 from .program import Program, integer_sites
+from .sensitivity import SiteSensitivity, ranked
 from .serialize import WEIGHTS_FILE, Interface, dense_bytes, load_program, save_program
 
 FORMAT = 1
@@ -65,7 +66,8 @@ class Artifact:
     Made by ``fxfreeze.compile`` or ``fxfreeze.load``. Attributes:
         folder: where its files are; a private temporary folder, removed with the artifact, unless it was loaded.
         manifest: the record, JSON-able (keys: format, fxfreeze, versions, machine, plan, interface, structural_hash,
-            gates, adapters, targets, default, passes, proofs, ledger, parity, scores, sizes, dense, files, digest).
+            gates, adapters, targets, default, passes, proofs, ledger, sensitivity, parity, scores, sizes, dense, files,
+            digest).
         interface: names, dtypes, shapes and dims of inputs and outputs.
     """
 
@@ -90,6 +92,7 @@ class Artifact:
         passes: Iterable[Any] = (),
         proofs: Iterable[Any] = (),
         ledger: Iterable[Any] = (),
+        sensitivity: Iterable[Any] = (),
         examples: Sequence[Tensor] | None = None,
         exact: bool = True,
         evaluate: Callable[[Callable[..., Any]], float] | None = None,
@@ -101,7 +104,8 @@ class Artifact:
             program: after the last pass, constants rounded.
             reference: the user's model, flat tensors to flat tensors; see :func:`fxfreeze.parity.draw`.
             source: the program before its exact passes; see there.
-            passes, proofs, ledger: rows for the manifest; dicts, or objects with ``to_json`` or dataclass fields.
+            passes, proofs, ledger, sensitivity: rows for the manifest; dicts, or objects with ``to_json`` or dataclass
+                fields.
             examples: flat tensors the model accepts, when random ones will not do.
             exact: the program is the same function as `reference`, which is then checked too.
             evaluate: scores a callable that is called like the model; for ``manifest["scores"]``.
@@ -122,7 +126,7 @@ class Artifact:
                 rows = parity.check_model(program, draws) if exact and reference is not None else []
             if evaluate is not None:
                 say("evaluating the model")
-                scores[parity.MODEL] = float(evaluate(_nested(Interface.of(program), reference or program.run)))
+                scores[parity.MODEL] = float(evaluate(nested(Interface.of(program), reference or program.run)))
             found = banks.banks(program, plan)
             facts = _emit(program, found, plan.targets, folder, examples, say)
             executed = _executed(program, plan, facts)
@@ -135,13 +139,14 @@ class Artifact:
                 rows += parity.check_target(name, runner, program, draws)
                 if evaluate is not None:
                     say(f"evaluating {name}")
-                    scores[name] = float(evaluate(_nested(Interface.of(program), runner)))
+                    scores[name] = float(evaluate(nested(Interface.of(program), runner)))
                 del runner  # one target in memory at a time
             manifest = _manifest(program, plan, list(found), facts, folder)
             manifest |= {
                 "passes": _rows(passes),
                 "proofs": _rows(proofs),
                 "ledger": [*_rows(ledger), *executed],
+                "sensitivity": _rows(sensitivity),
                 "parity": _rows(rows),
                 "scores": scores,
             }
@@ -181,7 +186,7 @@ class Artifact:
         return self._call(target, *args, **kwargs)
 
     def _call(self, name: str | None, /, *args: Any, **kwargs: Any) -> Any:
-        return _nested(self.interface, self.runner(name))(*args, **kwargs)
+        return nested(self.interface, self.runner(name))(*args, **kwargs)
 
     @property
     def targets(self) -> tuple[str, ...]:
@@ -256,6 +261,19 @@ class Artifact:
         if self._program is None:
             self._program = self._stored()
         return fired(self._program, self.manifest["gates"], flat)
+
+    def sensitivity(self) -> list[SiteSensitivity]:
+        """What quantizing each layer alone did to the model, the most sensitive first, as measured for a budget.
+
+        Raises:
+            ArtifactError: no step had a budget. The artifact holds integers, so that the frozen model is needed.
+        """
+        if not (recorded := self.manifest.get("sensitivity")):
+            raise ArtifactError(
+                "no sensitivities are recorded",
+                hint="call fxfreeze.sensitivity(model, plan), or compile with Quantize(budget=...)",
+            )
+        return ranked(SiteSensitivity(**row) for row in recorded)
 
     # ------------------------------------------------------------------ adapters
 
@@ -451,7 +469,7 @@ def load(path: str | os.PathLike[str]) -> Artifact:
     return Artifact.load(path)
 
 
-def _nested(interface: Interface, runner: Callable[..., Sequence[Tensor]]) -> Callable[..., Any]:
+def nested(interface: Interface, runner: Callable[..., Sequence[Tensor]]) -> Callable[..., Any]:
     """`runner`, called as the model is: inputs bound by name and checked, outputs nested."""
     names = [spec.name for spec in interface.inputs]
 

@@ -1,4 +1,4 @@
-"""The command line: compile, check, inspect, passes, schema, demo.
+"""The command line: compile, check, inspect, sensitivity, passes, schema, demo.
 
 Exit codes: 0 done · 1 a defect of fxfreeze · 2 bad usage or a bad plan · 3 capture · 4 a pass · 5 a proof · 6 an
 artifact or target · 7 a missing optional package.
@@ -43,6 +43,11 @@ _out, _err = Console(), Console(stderr=True)
 _EXIT_CODES: tuple[tuple[type[FxfreezeError], int], ...] = (
     (PlanError, 2), (CaptureError, 3), (PassError, 4), (ProofError, 5), (ArtifactError, 6), (MissingDependencyError, 7),
 )  # fmt: skip
+CalibrationFile = Annotated[
+    Path | None,
+    typer.Option(help="Inputs to measure lossy steps on, .safetensors with one tensor per input name; a row a sample."),
+]
+_CALIBRATION_ROWS = 64
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")]
 
 
@@ -74,6 +79,7 @@ def compile_command(
     examples: Annotated[
         Path | None, typer.Option(help="Example inputs, .safetensors with one tensor per input name.")
     ] = None,
+    calibration: CalibrationFile = None,
     verify: Annotated[VerifyChoice, typer.Option(help="How thoroughly passes are proven.")] = VerifyChoice.full,
     as_json: Json = False,
 ) -> None:
@@ -86,8 +92,11 @@ def compile_command(
     loaded = Plan.load(plan)
     model = build_model(factory, weights)
     inputs = _load_tensors(examples) if examples else None
+    batches = _load_batches(calibration) if calibration else None
     with progress(quiet=as_json) as say:
-        artifact = compile_model(model, loaded, example_inputs=inputs, verify=verify.value, progress=say)
+        artifact = compile_model(
+            model, loaded, example_inputs=inputs, calibration=batches, verify=verify.value, progress=say
+        )
         artifact.save(out)
     _show(artifact.manifest, as_json)
     if not as_json:
@@ -128,6 +137,35 @@ def inspect(
     if html is not None:
         html.write_text(report.as_html(manifest), encoding="utf-8")
     _show(manifest, as_json, full=full)
+
+
+@app.command()
+def sensitivity(
+    factory: Annotated[str, typer.Argument(help="pkg.module:function that returns the nn.Module.")],
+    plan: Annotated[Path, typer.Option(help="A plan that quantizes, .toml or .json.")],
+    weights: Annotated[Path | None, typer.Option(help="Weights of the model, .safetensors; must fit exactly.")] = None,
+    examples: Annotated[
+        Path | None, typer.Option(help="Example inputs, .safetensors with one tensor per input name.")
+    ] = None,
+    calibration: CalibrationFile = None,
+    as_json: Json = False,
+) -> None:
+    """Quantize every layer of a plan alone, and show what that does to the outputs, the most sensitive first."""
+    from . import report
+    from .api import sensitivity as measure
+    from .plan import Plan
+
+    loaded = Plan.load(plan)
+    model = build_model(factory, weights)
+    inputs = _load_tensors(examples) if examples else None
+    batches = _load_batches(calibration) if calibration else None
+    with progress(quiet=as_json) as say:
+        rows = measure(model, loaded, example_inputs=inputs, calibration=batches, progress=say)
+    found = [row.to_json() for row in rows]
+    if as_json:
+        print(json.dumps({"sensitivity": found}))
+    else:
+        _out.print(report.sensitivity_table(found))
 
 
 @app.command()
@@ -249,6 +287,17 @@ def _load_tensors(path: Path) -> dict[str, Any]:
         return load_file(path)
     except (OSError, SafetensorError) as error:
         raise ArtifactError(f"cannot read tensors: {error}", where=str(path)) from error
+
+
+def _load_batches(path: Path) -> list[dict[str, Any]]:
+    """What a file of samples holds, some rows at a time."""
+    tensors = _load_tensors(path)
+    rows = {name: len(value) if value.ndim else 0 for name, value in tensors.items()}
+    if not rows or min(rows.values()) != max(rows.values()) or not min(rows.values()):
+        raise ArtifactError(f"its tensors hold different numbers of samples, or none: {rows}", where=str(path))
+    count = min(rows.values())
+    return [{name: value[start : start + _CALIBRATION_ROWS] for name, value in tensors.items()}
+            for start in range(0, count, _CALIBRATION_ROWS)]  # fmt: skip
 
 
 def _show(manifest: Any, as_json: bool, *, full: bool = False) -> None:

@@ -156,10 +156,19 @@ def _listed(value: Any) -> Any:
     return float(value) if isinstance(value, float) else value  # numpy's are floats too
 
 
+_DECIMAL = r"\d+(\.\d+)?"
+
+
 def _granularity(value: Any) -> str:
     if isinstance(value, str) and re.fullmatch(r"tensor|channel|group:[1-9]\d*", value):
         return value
     raise refusal(f"must be 'tensor', 'channel' or 'group:32' (or another number), got {brief(value)}")
+
+
+def _budget(value: Any) -> str | None:
+    if value is None or (isinstance(value, str) and re.fullmatch(rf"(snr|drop):{_DECIMAL}", value)):
+        return value
+    raise refusal(f"must be 'snr:20' (dB) or 'drop:0.003' (of the score), or another number, got {brief(value)}")
 
 
 def _path(value: Any) -> str:
@@ -1183,6 +1192,23 @@ class Quantize(_Excluding):
         default=False,
         description="Emit targets that compute some quantized layers in floats, with the values of integers.",
     )
+    correct_bias: Flag = Field(
+        default=True,
+        description="Move biases so that the mean of what a layer gives stays what it was on the calibration data, for "
+        "'int8' with mode='static'.",
+    )
+    equalize: Flag = Field(
+        default=False,
+        description="First scale the channels of what layers read up or down, so that their ranges are alike, and the "
+        "weights on both sides against it, which keeps the function; for 'int8'.",
+    )
+    budget: Annotated[str | None, BeforeValidator(_budget)] = Field(
+        default=None,
+        description="What quantizing may cost: 'snr:20': the outputs keep a signal-to-noise ratio of 20 dB on the "
+        "first batch of the calibration data; 'drop:0.003': the score of `evaluate` falls by 0.003 at most. Layers "
+        "that cost most for what they save then stay in floats, or in 8 bits instead of 4.",
+        json_schema_extra={"pattern": rf"^(snr|drop):{_DECIMAL}$"},
+    )
 
     if TYPE_CHECKING:  # the runtime takes lists too; see record.py
 
@@ -1196,9 +1222,18 @@ class Quantize(_Excluding):
             percentile: float = 99.99,
             exclude: Patterns | None = None,
             allow_simulated: bool = False,
+            correct_bias: bool = True,
+            equalize: bool = False,
+            budget: str | None = None,
             *,
             name: str = "",
         ) -> None: ...
+
+    @property
+    def limit(self) -> tuple[str, float]:
+        """What the budget is of, "snr" or "drop", and its number; ("", 0.0): there is none."""
+        kind, _, number = (self.budget or "").partition(":")
+        return kind, float(number or 0)
 
     @property
     def block(self) -> int:
@@ -1216,6 +1251,10 @@ class Quantize(_Excluding):
             yield "granularity", f"{self.granularity!r} is too coarse for 4 bits; use 'group:32'"
         if self.calibrate != "minmax" and (self.scheme != "int8" or self.mode == "dynamic"):
             yield "calibrate", "has a meaning with scheme='int8' and mode='static' only"
+        for key in ("correct_bias", "equalize"):
+            changed = getattr(self, key) != type(self).model_fields[key].default
+            if changed and (self.scheme != "int8" or (self.mode == "dynamic" and key == "correct_bias")):
+                yield key, "has a meaning for scheme='int8'" + " and mode='static'" * (key == "correct_bias") + " only"
         if self.calibrate != "percentile" and self.percentile != type(self).model_fields["percentile"].default:
             yield "percentile", "has a meaning with calibrate='percentile' only"
         if not 50 < self.percentile <= 100:

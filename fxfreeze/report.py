@@ -24,6 +24,7 @@ def summary(manifest: Manifest, *, full: bool = False) -> RenderableType:
     rows = manifest["passes"] if full else [row for row in manifest["passes"] if row["rewrites"]]
     parity = manifest["parity"] if full else worst_rows(manifest["parity"])
     parts = [passes_table(rows), ledger_table(manifest["ledger"])]
+    parts += [sensitivity_table(manifest["sensitivity"])] if manifest.get("sensitivity") else []
     parts += [parity_table(parity)] if parity else []
     parts += [scores_table(manifest["scores"])] if manifest.get("scores") else []
     return Group(*parts, sizes_table(manifest["sizes"], manifest.get("dense") or {}))
@@ -67,6 +68,18 @@ def ledger_table(rows: Sequence[Mapping[str, Any]]) -> Table:
         table.add_row(row["site"], asked, outcome, executes)
     if not rows:
         table.add_row("–", "nothing", "", "")
+    return table
+
+
+def sensitivity_table(rows: Iterable[Mapping[str, Any]]) -> Table:
+    """What quantizing each layer alone does to its result and to the outputs."""
+    columns = ["site", "scheme", "own SNR, dB", "outputs' SNR, dB", "predictions stay", "score lost", "saves", "became"]
+    table = _table("sensitivity", columns, right=(2, 3, 4, 5, 6))
+    for row in rows:
+        decibels = ["∞" if row[key] is None else f"{row[key]:.1f}" for key in ("snr", "output_snr")]
+        stays = "–" if row["stays"] is None else f"{row['stays']:.2%}"
+        drop = "–" if row["drop"] is None else f"{row['drop']:.4g}"
+        table.add_row(row["site"], row["scheme"], *decibels, stays, drop, f"{row['gain']:.1%}", row["chosen"])
     return table
 
 

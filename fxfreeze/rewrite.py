@@ -10,18 +10,20 @@ it did not. A non-match is a value (:class:`NoMatch`) with its reason and the no
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from difflib import SequenceMatcher
 from fnmatch import fnmatchcase
 from typing import Any, ClassVar, Literal
 
+from torch import Tensor
 from torch.fx import Node
 
 from .calibration import Calibration
 from .errors import PassError, PlanError
 from .plan import Plan, Prune, Quantize, Step
 from .program import Program
+from .sensitivity import SiteSensitivity
 
 Outcome = Literal["rewritten", "refused", "skipped", "measured"]
 
@@ -79,6 +81,9 @@ class Context:
         given: inputs of the caller's to measure on, if any.
         source: the program after the last lossy pass, which is the function that all later passes keep; None: there was
             no lossy pass.
+        evaluate: scores a program, called with flat tensors, by the caller's measure; higher is better.
+        sensitivity: measure what quantizing each layer alone does, even where no budget asks for it.
+        measured: what that gave.
     """
 
     plan: Plan
@@ -86,6 +91,9 @@ class Context:
     near_misses: list[NoMatch] = field(default_factory=list)
     given: Calibration | None = None
     source: Program | None = None
+    evaluate: Callable[[Callable[..., Sequence[Tensor]]], float] | None = None
+    sensitivity: bool = False
+    measured: list[SiteSensitivity] = field(default_factory=list)
 
     @property
     def calibration(self) -> Calibration:

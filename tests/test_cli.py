@@ -177,6 +177,20 @@ def test_an_existing_output_folder_is_refused_before_any_work(folder: Path, comm
     assert code == 6 and "exists" in err
 
 
+def test_sensitivity_shows_what_each_layer_costs(folder: Path, command, tmp_path: Path):
+    fz.Plan([fz.Input("x", ("batch", 4))], [fz.Quantize()], ()).save(tmp_path / "int8.toml")
+    data = tmp_path / "data.safetensors"
+    save_file({"x": torch.randn(100, 4)}, data)
+    given = ["my_model:build", "--plan", str(tmp_path / "int8.toml"), "--calibration", str(data)]
+    code, out, _ = command("sensitivity", *given, "--json")
+    rows = json.loads(out)["sensitivity"]
+    assert code == 0 and {row["site"] for row in rows} == {"0", "3"} and all(row["output_snr"] > 20 for row in rows)
+    assert "outputs' SNR, dB" in command("sensitivity", *given)[1]
+    save_file({"x": torch.randn(100, 4), "y": torch.randn(99, 4)}, data)
+    code, _, err = command("sensitivity", *given)
+    assert code == 6 and "different numbers of samples" in err
+
+
 def test_tied_weights_may_be_stored_once(folder: Path):
     sys.path.insert(0, str(folder))
     try:

@@ -61,8 +61,9 @@ TABLE: dict[str, str] = {
     "foreign": "kernels wrapped",
     "capture": "binding constants exporting foreign functional margin plan program proof sampling wrapped",
     "graft": "capture plan program proof sampling",
+    "sensitivity": "",
     "calibration": "binding capture plan program sampling",
-    "rewrite": "calibration plan program",
+    "rewrite": "calibration plan program sensitivity",
     "inline": "program",
     "proof": "constants program sampling",
     "pipeline": "constants dataflow passes plan program proof rewrite sampling",
@@ -74,7 +75,8 @@ TABLE: dict[str, str] = {
     "parity": "binding constants emit margin plan program proof report sampling",
     "firing": "kernels program",
     "locks": "",
-    "artifact": "banks binding emit firing locks lower parity plan program report sampling serialize weights _version",
+    "artifact": "banks binding emit firing locks lower parity plan program report sampling "
+    "sensitivity serialize weights _version",
     "adapt": "binding calibration capture margin passes pipeline plan program proof rewrite weights",
     "merging": "pass rewrite",
     "tickets_masks": "record",
@@ -86,7 +88,7 @@ TABLE: dict[str, str] = {
     "tickets": "locks plan tickets_cluster tickets_masks tickets_plot tickets_run tickets_store",
     "nn": "kernels",
     "api": "adapt artifact binding calibration capture emit lower parity passes pipeline plan program proof report "
-    "rewrite sampling",
+    "rewrite sampling sensitivity serialize",
     "demo": "door adapt api artifact plan report",
     "cli": "door adapt api artifact demo passes plan report rewrite _version",
     "__main__": "cli",
@@ -94,7 +96,7 @@ TABLE: dict[str, str] = {
     "pass": "axes checkpoints constants coupling dataflow graft inline kernels masks nn pass-helper plan program "
     "rewrite rotations weights",
     "pass-helper": "adapterhub axes checkpoints constants coupling dataflow graft inline kernels masks nn plan program "
-    "rewrite rotations weights",
+    "rewrite rotations sensitivity weights",
     "kernels": "",
     "kernel": "kernel-helper",
     "kernel-helper": "",

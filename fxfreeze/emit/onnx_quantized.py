@@ -45,6 +45,8 @@ def shape_for_runtime(graph: Any) -> list[str]:
     * a product reads its weight as [in, out], transposed in the file and not while it runs;
     * a Gemm's bias is int32 on the grid of the product (ONNX Runtime does this for a Conv by itself);
     * integers of 4 bits are stored as such;
+    * a layer that stays in floats between integers reads them through scales per channel, all alike: behind one scale
+      ONNX Runtime would quantize its weight, too, with one scale for all of it (WeightBiasQuantization);
     * conversions carry no notes, which took a tenth of the file of a ResNet-20: shapes follow from their inputs, and
       their module is that of the layer beside them.
 
@@ -55,7 +57,9 @@ def shape_for_runtime(graph: Any) -> list[str]:
         if _is_weight(node):
             _transpose(graph, node)
     for node in list(graph.all_nodes()):
-        if node.op_type == "Gemm":
+        if _would_be_quantized(node):
+            _read_by_channel(graph, node)
+        elif node.op_type == "Gemm":
             _integer_bias(graph, node)
         elif _is_weight(node):
             _pack(graph, node)
@@ -129,6 +133,38 @@ def _turn(graph: Any, node: Any) -> None:
         import onnx_ir
 
         node.outputs[0].shape = onnx_ir.Shape(tuple(node.outputs[0].shape)[::-1])
+
+
+def _would_be_quantized(node: Any) -> bool:
+    """A layer with a weight in floats that reads integers, and whose result, or its ReLU, is read as integers alone."""
+    if node.op_type not in ("Conv", "ConvTranspose", "Gemm") or node.inputs[1].const_value is None:
+        return False
+    source, value = node.inputs[0].producer(), node.outputs[0]
+    if source is None or source.op_type != "DequantizeLinear" or len(source.inputs[1].shape or ()) != 0:
+        return False
+    while len(readers := [reader for reader, _ in value.uses()]) == 1 and readers[0].op_type in ("Relu", "Clip"):
+        value = readers[0].outputs[0]
+    return len(readers) == 1 and readers[0].op_type == "QuantizeLinear"
+
+
+def _read_by_channel(graph: Any, node: Any) -> None:
+    import numpy
+    import onnx_ir
+
+    source, weight = node.inputs[0].producer(), node.inputs[1].const_value.shape
+    if node.op_type == "Conv":
+        channels = weight[1] * (node.attributes["group"].as_int() if "group" in node.attributes else 1)
+    else:
+        transposed = node.op_type == "Gemm" and node.attributes["transB"].as_int()
+        channels = weight[1 if transposed else 0]
+    scales = [
+        _constant(graph, f"{value.name}.each", numpy.repeat(value.const_value.numpy(), channels))
+        for value in source.inputs[1:3]
+    ]
+    own = onnx_ir.node("DequantizeLinear", inputs=[source.inputs[0], *scales], attributes={"axis": 1})
+    own.outputs[0].name = f"{node.name}.input"
+    graph.insert_before(node, own)
+    node.replace_input_with(0, own.outputs[0])
 
 
 def _integer_bias(graph: Any, gemm: Any) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from fxfreeze.errors import PassError
 from fxfreeze.program import Program
 from fxfreeze.rewrite import Context
 
+from .._operators import WeightOperator, weight_operator
 from ._observers import Method, Observer
 
 _PATIENCE = 16
@@ -24,9 +25,10 @@ _NEWS = 0.01
 
 @dataclass(frozen=True)
 class Seen:
-    """What was remembered of each value, and how many rows of the calibration data were read."""
+    """What was remembered of each value, and how many batches and rows of the calibration data were read."""
 
     observers: Mapping[Node, Observer]
+    batches: int
     rows: int
     converged: bool
 
@@ -45,9 +47,9 @@ def observe(program: Program, ctx: Context, values: Mapping[Node, Method]) -> Se
     from tqdm import tqdm
 
     observers = {node: Observer(method) for node, method in values.items()}
-    rows = quiet = 0
+    count = rows = quiet = 0
     with tqdm(ctx.calibration.of(program), desc="calibration", unit="batch", disable=None) as batches:
-        for inputs in batches:
+        for count, inputs in enumerate(batches, 1):  # noqa: B007
             widths = {node: observer.high - observer.low for node, observer in observers.items()}
             watched_run(program, inputs, lambda node, value: _look(program, observers, node, value))
             rows += len(inputs[0]) if inputs[0].dim() else 1
@@ -57,7 +59,7 @@ def observe(program: Program, ctx: Context, values: Mapping[Node, Method]) -> Se
             quiet = 0 if news else quiet + 1
             if quiet == _PATIENCE:
                 break
-    return Seen(observers, rows, quiet >= _PATIENCE)
+    return Seen(observers, count, rows, quiet >= _PATIENCE)
 
 
 def watched_run(program: Program, inputs: list[Tensor], look: Any) -> None:
@@ -71,6 +73,36 @@ def watched_run(program: Program, inputs: list[Tensor], look: Any) -> None:
         return result
 
     program.execute(inputs, lambda node: program.state[str(node.target)].to(node.meta["val"].dtype), call)
+
+
+@torch.no_grad()
+def layer_run(
+    program: Program, inputs: Sequence[Tensor], layers: Collection[Node],
+    act: Callable[[Node, Tensor, Callable[[], Tensor]], Tensor],
+    after: Mapping[Node, Callable[[Tensor], Tensor]] | None = None,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """Run `program` with `act`(node, input, compute) for the results of `layers`; `compute` gives the layer's own.
+
+    Args:
+        after: what is done to other values, and to results, before they are read.
+    """
+    after = after or {}
+
+    def identity(value: Any) -> Any:
+        return value
+
+    def call(node: Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        def compute() -> Any:
+            return node.target(*args, **kwargs)  # type: ignore[operator]
+
+        finish = after.get(node, identity)
+        if node not in layers:
+            return finish(compute())
+        operator = weight_operator(node)
+        assert isinstance(operator, WeightOperator)
+        return finish(act(node, args[node.args.index(operator.input)], compute))
+
+    return program.execute(inputs, lambda node: program.state[str(node.target)].to(node.meta["val"].dtype), call)
 
 
 def _look(program: Program, observers: Mapping[Node, Observer], node: Node, value: Any) -> None:

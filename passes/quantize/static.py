@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 
-import torch
 from torch import Tensor
 from torch.fx import Node
 
@@ -17,13 +16,13 @@ from .._adapters import describe
 from .._measured import Tally, measure_outputs
 from .._operators import aten
 from ._activations import Scale, add_scale, quantized, scale_of
-from ._calibrate import Seen, observe, watched_run
+from ._calibrate import Seen, layer_run, observe
+from ._layers import Layer, corrected
+from ._sensitivity import Beside, Level, choose, layer_seconds
 from ._sites import Site, quantized_sites
-from ._weights import Integers, Layout, read_integers, stored_weight, to_integers
+from ._weights import read_integers
 
 _RECTIFIERS = frozenset({aten.relu.default, aten.relu6.default, aten.hardtanh.default})
-_BIAS_LIMIT = 2**30
-"""A bias in steps of the integer product, at most: runtimes add it as an int32."""
 _OUTLIER = 16.0
 _SATURATED = 1e-3
 
@@ -33,8 +32,8 @@ class QuantizeStatic(Pass):
 
     Inputs are uint8 with one scale and zero point, weights int8 with a scale per output feature and 0 in the middle. A
     convolution's result is quantized too, behind the ReLU where one follows: integer kernels of convolutions give
-    integers. Sums of such results read the same integers. The bias is moved to the grid of the integer product,
-    scale of x · scale of w, on which runtimes store it.
+    integers. Sums of such results read the same integers. The bias takes over the mean of what rounding adds, and
+    is moved to the grid of the integer product, scale of x · scale of w, on which runtimes store it.
     """
 
     name, stage, exact = "quantize_static", "quantize", False
@@ -43,19 +42,29 @@ class QuantizeStatic(Pass):
         sites = quantized_sites(program, ctx, lambda step: step.scheme == "int8" and step.mode == "static", _problem)
         if not sites:
             return 0
-        before, (values, everywhere) = program.clone(), _values(sites)
-        seen = observe(program, ctx, {node: step.calibrate for node, step in values.items()})
-        scales = {node: scale_of(seen.observers[node].range(step.percentile), node.meta["val"].dtype)
-                  for node, step in values.items()}  # fmt: skip
-        layers = [_Layer.of(program, site, scales[site.operator.input]) for site in sites]
-        noise = _noise(program, ctx, layers, scales)
+        before = program.clone()
+        seen = observe(program, ctx, {node: step.calibrate for node, step in _values(sites)[0].items()})
+
+        def scale(node: Node, step: Quantize) -> Scale:
+            return scale_of(seen.observers[node].range(step.percentile), node.meta["val"].dtype)
+
+        layers = [Layer.of(program, site, scale(site.operator.input, site.step)) for site in sites]
+
+        def beside(sites: Collection[Site]) -> dict[Node, Callable[[Tensor], Tensor]]:
+            values, everywhere = _values(sites)
+            return {node: partial(quantized, scale=scale(node, values[node])) for node in everywhere}
+
+        layers = _kept(program, ctx, corrected(program, ctx, layers, seen.batches), beside)
+        values, everywhere = _values([layer.site for layer in layers])
+        noise = _noise(program, ctx, layers)
         for layer in layers:
             self._report(ctx, layer, seen, noise[layer.site.operator.node])
-        _rewrite(program, layers, scales, everywhere)
-        measure_outputs(ctx, program, before, "static int8")
-        return len(sites)
+        _rewrite(program, layers, {node: scale(node, step) for node, step in values.items()}, everywhere)
+        if layers:
+            measure_outputs(ctx, program, before, "static int8")
+        return len(layers)
 
-    def _report(self, ctx: Context, layer: _Layer, seen: Seen, noise: Tally) -> None:
+    def _report(self, ctx: Context, layer: Layer, seen: Seen, noise: Tally) -> None:
         site, observer = layer.site, seen.observers[layer.site.operator.input]
         notes = [f"{noise.words} of its result", seen.basis(ctx)]
         if (outside := observer.range(site.step.percentile).outside) > _SATURATED:
@@ -66,31 +75,6 @@ class QuantizeStatic(Pass):
             site=site.path, step=site.step.name, requested=describe(site.step), outcome="rewritten",
             executes=f"int8 weights, one scale per {site.step.granularity}; uint8 input", detail="; ".join(notes),
         )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class _Layer:
-    """A site, its weight as integers, and its bias (float64) on the grid of the product."""
-
-    site: Site
-    weight: Integers
-    bias: Tensor | None
-
-    @classmethod
-    def of(cls, program: Program, site: Site, scale: Scale) -> _Layer:
-        operator = site.operator
-        weight = stored_weight(program, operator)
-        bias = None if operator.bias is None else program.constant64(operator.bias)
-        layout, dtype = Layout.of(operator, site.step.granularity), operator.weight.meta["val"].dtype
-        least = None
-        if bias is not None:
-            least = bias.abs() / (scale.step * _BIAS_LIMIT)
-            least = least if layout.each else least.max()
-        integers = to_integers(weight, layout, 8, dtype, least)
-        if bias is not None:
-            grid = integers.scale.double() * scale.step
-            bias = torch.round(bias / grid) * grid
-        return cls(site, integers, bias)
 
 
 def _problem(site: Site) -> str | None:
@@ -133,33 +117,32 @@ def _result(node: Node) -> Node:
     return users[0] if len(users) == 1 and users[0].target in _RECTIFIERS else node
 
 
-def _noise(program: Program, ctx: Context, layers: Iterable[_Layer], scales: Mapping[Node, Scale]) -> dict[Node, Tally]:
+def _kept(program: Program, ctx: Context, layers: Sequence[Layer], beside: Beside) -> list[Layer]:
+    """The layers that budgets leave to integers."""
+    sites = [layer.site for layer in layers]
+    wanted = ctx.sensitivity or any(site.step.budget for site in sites)
+    seconds = layer_seconds(program, ctx, sites) if wanted else dict.fromkeys(sites, 0.0)
+    chosen = choose(program, ctx, {
+        layer.site: [Level(layer.site.step.scheme, layer.result, seconds[layer.site])] for layer in layers
+    }, beside)  # fmt: skip
+    return [layer for layer in layers if layer.site in chosen]
+
+
+def _noise(program: Program, ctx: Context, layers: Iterable[Layer]) -> dict[Node, Tally]:
     """What integers change in each layer's result, from float inputs, on one batch."""
-    inputs = next(iter(ctx.calibration.of(program)))
-    held: dict[Node, Tensor] = {}
-    tallies = {layer.site.operator.node: Tally() for layer in layers}
     by_node = {layer.site.operator.node: layer for layer in layers}
+    tallies = {node: Tally() for node in by_node}
 
-    def look(node: Node, value: Tensor) -> None:
-        if node in scales:
-            held[node] = quantized(value, scales[node])
-        if node in by_node:
-            tallies[node].add(
-                _computed(by_node[node], held[by_node[node].site.operator.input]), value, value.new_empty(0)
-            )
+    def look(node: Node, value: Tensor, compute: Callable[[], Tensor]) -> Tensor:
+        result = compute()
+        tallies[node].add(by_node[node].result(value), result, value.new_empty(0))
+        return result
 
-    watched_run(program, inputs, look)
+    layer_run(program, next(iter(ctx.calibration.of(program))), by_node, look)
     return tallies
 
 
-def _computed(layer: _Layer, value: Tensor) -> Tensor:
-    operator = layer.site.operator
-    bias = {} if layer.bias is None else {"bias": layer.bias.to(value.dtype)}
-    args, kwargs = operator.call_arguments(input=value, weight=layer.weight.floats().to(value.dtype), **bias)
-    return operator.node.target(*args, **kwargs)  # type: ignore[operator, no-any-return]
-
-
-def _rewrite(program: Program, layers: Iterable[_Layer], scales: Mapping[Node, Scale], everywhere: set[Node]) -> None:
+def _rewrite(program: Program, layers: Iterable[Layer], scales: Mapping[Node, Scale], everywhere: set[Node]) -> None:
     by_node = {layer.site.operator.node: layer for layer in layers}
     for node, scale in scales.items():
         add_scale(program, node, scale, node.users if node in everywhere else by_node.keys() & node.users.keys())

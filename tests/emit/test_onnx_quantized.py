@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy
 import onnx
+import onnxruntime
 import pytest
 import torch
 from torch import Tensor, nn
@@ -73,6 +74,18 @@ def test_the_outputs_are_those_of_the_program(static: Any) -> None:
     torch.manual_seed(0)
     want = Net().eval()(x)
     assert float((static(x) - want).norm() / want.norm()) < 0.03
+
+
+@pytest.mark.parametrize("exclude", [("one",), ("stem",), ("two", "head")])
+def test_an_excluded_layer_stays_in_floats_in_onnx_runtime(exclude: tuple[str, ...], tmp_path: Path) -> None:
+    """Between integers it would be quantized by ONNX Runtime itself, with one scale for the whole weight."""
+    artifact = compiled(fz.Quantize(exclude=list(exclude), allow_simulated=True), calibration=batches())
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "optimised.onnx")
+    onnxruntime.InferenceSession(str(artifact.folder / "onnx" / "model.onnx"), options)
+    weights = [item for item in onnx.load(tmp_path / "optimised.onnx").graph.initializer if len(item.dims) >= 2]
+    floats = [item for item in weights if item.data_type == onnx.TensorProto.FLOAT]
+    assert len(floats) == len(exclude) and not any("weight_q" in item.name for item in weights)
 
 
 def test_a_zero_point_that_is_not_the_smallest_integer_leaves_floats(static: Any, tmp_path: Path) -> None:
