@@ -27,6 +27,7 @@ from .program import INTEGERS, Program, on_cpu
 _HOMES = ("torch._inductor.fx_passes.quantization", "torchao.quantization.pt2e.inductor_passes.x86")
 _REGISTER = "_register_quantization_weight_pack_pass"
 OPERATORS = (QUANTIZE.op, DEQUANTIZE.op)
+_CLONE = torch.ops.aten.clone.default
 _CALL = re.compile(r"aoti_torch_cpu__(qconv|qlinear)\w*\(")
 
 
@@ -44,6 +45,10 @@ def with_integers(program: Program) -> Program:
     _register_patterns()
     program = program.clone()
     for node in list(program.graph.nodes):
+        if node.target is QUANTIZE.op and node.args[0].meta["val"].dim() > 2 and _multiplied(node):
+            # Of other strides torch makes a bmm, and the pattern for that one fails for symbolic sizes.
+            dense = program.call(_CLONE, node.args[0], memory_format=torch.contiguous_format, before=node, like=node)
+            node.replace_input_with(node.args[0], dense)
         target, args = _replacement(program, node)
         if target is not None:
             program.replace(node, program.call(target, *args, before=node, like=node))
@@ -63,6 +68,11 @@ def executed(program: Program, calls: int) -> dict[str, Any]:
     ran = static if calls == len(static) else set[Node]()
     found = [(node.meta[INTEGERS], node in ran) for node in layers]
     return {"integer": [[site.path, site.step, "oneDNN" if done else None] for site, done in found]}
+
+
+def _multiplied(quantize: Node) -> bool:
+    """Whether what is quantized goes into a linear layer."""
+    return any(reader.target is torch.ops.aten.linear.default for floats in quantize.users for reader in floats.users)
 
 
 def _reads_constant_grid(program: Program, layer: Node) -> bool:

@@ -48,6 +48,7 @@ from .prune.dead_neurons import DeadNeurons
 from .prune.factorize import FactorizeLayers
 from .prune.unread_rows import UnreadRows
 from .quantize.dynamic import QuantizeDynamic
+from .quantize.equalize import Equalize
 from .quantize.static import QuantizeStatic
 from .quantize.weights import QuantizeWeights
 
@@ -90,7 +91,8 @@ PIPELINE: tuple[Pass, ...] = (
     Compact(),
     FactorizeLayers(),
     UnreadRows(),
-    # quantize: integers for what is left
+    # quantize: integers for what is left, once its channels are alike
+    Equalize(),
     QuantizeStatic(),
     QuantizeDynamic(),
     QuantizeWeights(),

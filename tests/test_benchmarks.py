@@ -248,6 +248,8 @@ def test_verdicts_need_the_whole_interval() -> None:
     assert (noisy.verdict(2.0), noisy.verdict(1.05), noisy.verdict(0.5)) == ("met", "unclear", "missed")
     assert noisy.verdict(None) is None
     assert stats.ratio([1.0, 1.0], [1.0, 1.0]).verdict(2.0) == "unclear"  # two rounds have no interval
+    assert stats.ratio([2.0], [1.0], exact=True).verdict(2.0) == "met"  # what is counted has none either
+    assert stats.ratio([2.1], [1.0], exact=True).verdict(2.0) == "missed"
     assert stats.spread([1.0, 2.0, 3.0, 4.0, 100.0]) == {"iqr": 2.0, "mad": 1.0}
 
 

@@ -16,10 +16,11 @@ import fxfreeze as fz
 from fxfreeze import dataflow
 from fxfreeze.capture import capture
 from fxfreeze.errors import PassError, ProofError
+from fxfreeze.passes import _absorb as absorb
+from fxfreeze.passes import _affine
 from fxfreeze.passes.clean import noops
 from fxfreeze.passes.clean.common import CommonSubexpressions
 from fxfreeze.passes.clean.noops import StripNoOps
-from fxfreeze.passes.fold import _affine
 from fxfreeze.passes.fold import affine as fold_affine
 from fxfreeze.passes.fold.affine import FoldAffine
 from fxfreeze.pipeline import run_passes
@@ -295,12 +296,12 @@ def test_a_batch_norm_read_wrong(part: str, monkeypatch: pytest.MonkeyPatch) -> 
 def test_a_shift_folded_across_zero_padding(monkeypatch: pytest.MonkeyPatch) -> None:
     model = randomised(nn.Sequential(nn.SiLU(), nn.BatchNorm2d(3), nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4),
                                      nn.Tanh(), nn.BatchNorm2d(4), nn.Conv2d(4, 2, 3, padding=1)))  # fmt: skip
-    monkeypatch.setattr(fold_affine, "pads", lambda operator: False)
+    monkeypatch.setattr(absorb, "pads", lambda operator: False)
     broken(monkeypatch, model, IMAGE)
 
 
 def test_a_negative_gain_through_a_relu(monkeypatch: pytest.MonkeyPatch) -> None:
-    original = fold_affine.passage
+    original = absorb.passage
     loose = lambda node: (way := original(node)) and dataflow.Passage(way.dims, positive=False)  # noqa: E731
 
     class Gain(nn.Module):
@@ -313,7 +314,7 @@ def test_a_negative_gain_through_a_relu(monkeypatch: pytest.MonkeyPatch) -> None
         def forward(self, x: Tensor) -> Tensor:
             return self.bn(self.last(self.conv(x).relu() * self.gain))
 
-    monkeypatch.setattr(fold_affine, "passage", loose)
+    monkeypatch.setattr(absorb, "passage", loose)
     monkeypatch.setattr(fold_affine, "fold_forward", lambda program, affine: fold_affine.fail("not now", affine.node))
     broken(monkeypatch, Gain(), IMAGE)
 

@@ -22,7 +22,8 @@ class WrongOutput(Exception):
 class Metric:
     """What a sample is. `timed`: seconds per call on a clock; otherwise the callable returns a `Reading`.
 
-    `looped` metrics call a peer as often per sample as the calibration asks, under no_grad; the others once.
+    `looped` metrics call a peer as often per sample as the calibration asks, under no_grad; the others once. `exact`
+    ones, such as bytes of a file, are the same in every round, so that one round says all.
     """
 
     name: str
@@ -31,6 +32,7 @@ class Metric:
     quick_rounds: int
     timed: bool = True
     looped: bool = False
+    exact: bool = False
 
 
 LATENCY = Metric("latency", "s", rounds=60, quick_rounds=7, looped=True)

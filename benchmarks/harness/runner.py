@@ -214,7 +214,7 @@ class Runner:
         metric: Metric = case.metric
         limit = None if self.quick else entry.peer.limit  # limits are about the full sizes
         samples = entry.samples
-        ratio = stats.ratio(samples, base, self.seed) if samples and base else None
+        ratio = stats.ratio(samples, base, self.seed, metric.exact) if samples and base else None
         return Measurement(
             case=case.name,
             peer=entry.peer.name,

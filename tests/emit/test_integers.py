@@ -37,17 +37,17 @@ class Layer(nn.Module):
 
 
 class Net(nn.Module):
-    """Convolutions with a residual sum between them, and a linear layer."""
+    """Convolutions with a residual sum between them, a linear layer on channels last, and one on their mean."""
 
     def __init__(self) -> None:
         super().__init__()
         self.a, self.b = Layer((16, 3, 3, 3), 0.03, 128), Layer((16, 16, 3, 3), 0.1, 0)
-        self.c, self.fc = Layer((16, 16, 3, 3), 0.2, 0), Layer((10, 16), 0.4, 0)
+        self.c, self.each, self.fc = Layer((16, 16, 3, 3), 0.2, 0), Layer((16, 16), 0.3, 0), Layer((10, 16), 0.4, 128)
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.relu(self.a(x))
         x = F.relu(x + self.c(F.relu(self.b(x))))
-        return self.fc(x.mean((2, 3)))
+        return self.fc(self.each(x.flatten(2).transpose(1, 2)).mean(1))
 
 
 @pytest.fixture(scope="module")
@@ -66,8 +66,8 @@ def test_scales_that_are_constants_become_numbers(lowering: Lowering, program: P
     changed = with_integers(program)
     targets = [str(node.target) for node in changed.graph.nodes if node.op == "call_function"]
     assert not [name for name in targets if name.startswith("fxfreeze")]
-    assert targets.count("quantized_decomposed.quantize_per_tensor.default") == 4
-    assert targets.count("quantized_decomposed.dequantize_per_channel.default") == 4
+    assert targets.count("quantized_decomposed.quantize_per_tensor.default") == 5
+    assert targets.count("quantized_decomposed.dequantize_per_channel.default") == 5
     x = torch.randn(3, 3, 8, 8)
     torch.testing.assert_close(changed.run(x)[0], program.run(x)[0], rtol=1e-5, atol=1e-5)
 
@@ -99,9 +99,9 @@ def test_fewer_calls_than_layers_are_no_proof(lowering: Lowering) -> None:
     layers = [node for node in program.graph.nodes if "conv2d" in str(node.target) or "linear" in str(node.target)]
     for number, node in enumerate(layers):
         node.meta[INTEGERS] = IntegerSite(f"layer{number}", "quantize")
-    assert len(layers) == 4
-    kernels = {calls: {row[2] for row in executed(program, calls)["integer"]} for calls in (0, 3, 4)}
-    assert kernels == {0: {None}, 3: {None}, 4: {"oneDNN"}}
+    assert len(layers) == 5
+    kernels = {calls: {row[2] for row in executed(program, calls)["integer"]} for calls in (0, 4, 5)}
+    assert kernels == {0: {None}, 4: {None}, 5: {"oneDNN"}}
 
 
 def test_what_torch_has_no_operator_for_stays() -> None:

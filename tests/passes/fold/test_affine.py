@@ -18,6 +18,7 @@ from fxfreeze.capture import capture
 from fxfreeze.constants import Recipe
 from fxfreeze.errors import ProofError
 from fxfreeze.kernels.gate import KERNEL as GATE
+from fxfreeze.passes import _absorb as absorb
 from fxfreeze.passes.clean.noops import StripNoOps
 from fxfreeze.passes.fold import affine as module
 from fxfreeze.passes.fold.affine import FoldAffine
@@ -513,10 +514,10 @@ def test_a_relu_above_a_threshold_is_a_relu_with_another_bias() -> None:
 def test_the_proof_rejects_wrong_ways_through_a_gate(monkeypatch: pytest.MonkeyPatch, name: str, broken: Any) -> None:
     c = torch.tensor([1.0, -1.0, 2.0, 0.5, 4.0, 8.0])
     if name == "Levels.edit":  # the thresholds are forgotten
-        monkeypatch.setattr(module.Levels, "apply", lambda self, program: None)
+        monkeypatch.setattr(absorb.Levels, "apply", lambda self, program: None)
         c = c.abs() * 4
     else:
-        monkeypatch.setattr(module, "_through", broken)
+        monkeypatch.setattr(absorb, "_through", broken)
     last = Fn(lambda m, x: x + m.c, c=c) if name == "shift" else Fn(lambda m, x: x * m.c, c=c)
     with pytest.raises(ProofError):
         fold(seq(nn.Linear(4, 6), gate(), last), "batch", 4)

@@ -10,7 +10,7 @@ from torch.fx import Node
 
 from fxfreeze.program import Program
 
-from .._operators import WeightOperator, apply, arguments
+from ._operators import WeightOperator, apply, arguments
 
 aten = torch.ops.aten
 

@@ -11,7 +11,7 @@ from torch.fx import Node
 from fxfreeze.constants import Edit
 from fxfreeze.program import Program
 
-from .._operators import WeightOperator
+from ._operators import WeightOperator
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,298 @@
+"""Networks on 8-bit integers, against floats and against ONNX Runtime's own quantize_static: time, accuracy, bytes.
+
+Times are ratios to floats on ONNX Runtime, which is the fastest of our targets in floats here, and all ONNX files run
+in bare sessions of it. All are calibrated on the same inputs. Accuracy is of the public ResNet-20 on CIFAR-10's 10,000
+test images, with the ranges of 512 others, as a share of wrong predictions; next to it stands the share of predictions
+that floats do not make, which does not hang on the luck of a few images.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .harness import PEAK_MEMORY, Case, Metric, Options, Peer, Reading, Unavailable, models
+from .harness.case import relative_error
+from .harness.memory import peak_above
+
+HERE = "benchmarks.quantization"
+IMAGES, BATCH = 512, 64
+WRONG = Metric("wrong predictions", "", rounds=1, quick_rounds=1, timed=False, exact=True)
+MOVED = Metric("predictions unlike floats", "", rounds=1, quick_rounds=1, timed=False, exact=True)
+SIZE = Metric("file", "B", rounds=1, quick_rounds=1, timed=False, exact=True)
+LOST = 0.003
+"""Of all predictions, what int8 may lose."""
+FEW, MANY = 64, 4096
+GROWTH = 1.1
+"""Peak memory with many samples in peaks with few."""
+ROUNDING = 0.25
+"""The largest error of 8 bits, in largest outputs: what counts as a result at all."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A network, and the batch sizes with the share of the float time that int8 may take."""
+
+    name: str
+    make: Callable[[], nn.Module]
+    shape: tuple[int, ...]
+    limits: tuple[tuple[int, float], ...]
+    calibration: Callable[[], list[Tensor]]
+
+    def plan(self, *targets: str, **quantize: Any) -> Any:
+        import fxfreeze as fz
+
+        return fz.Plan([fz.Input("x", ("batch", *self.shape))], [fz.Quantize(**quantize)] if quantize else [], targets)
+
+    def compiled(self, *targets: str, **quantize: Any) -> Any:
+        import fxfreeze as fz
+
+        try:
+            return fz.compile(self.make(), self.plan(*targets, **quantize), calibration=self.calibration())
+        except fz.MissingDependencyError as error:
+            raise Unavailable(str(error)) from error
+
+
+class Transformer(nn.Module):
+    """Four pre-norm layers of width 256, and a classifier on the mean token."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([
+            nn.TransformerEncoderLayer(256, 8, 1024, activation="gelu", batch_first=True, norm_first=True)
+            for _ in range(4)
+        ])  # fmt: skip
+        self.head = nn.Linear(256, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return self.head(x.mean(1))
+
+
+def cases(options: Options) -> Iterator[Case]:
+    subjects = _subjects(options)
+    for subject in subjects[:1] if options.quick else subjects:
+        for batch, limit in subject.limits:
+            yield latency_case(subject, batch, limit)
+    yield from accuracy_cases(subjects[0])
+    yield size_case(subjects[0])
+    yield memory_case(options)
+
+
+def _subjects(options: Options) -> list[Subject]:
+    @functools.cache
+    def transformer() -> nn.Module:
+        torch.manual_seed(options.seed)
+        return Transformer().eval().requires_grad_(False)
+
+    def drawn(*shape: int) -> Callable[[], list[Tensor]]:
+        generator = torch.Generator().manual_seed(options.seed)
+        return functools.cache(lambda: [torch.randn(8, *shape, generator=generator) for _ in range(4)])
+
+    resnet18 = functools.cache(lambda: models.resnet("resnet18", options.seed))
+    return [
+        Subject("ResNet-20", functools.cache(models.resnet20), (3, 32, 32), ((1, 1 / 1.5), (64, 1 / 1.8)), images),
+        Subject("ResNet-18", resnet18, (3, 224, 224), ((1, 1 / 2.5),), drawn(3, 224, 224)),
+        Subject("transformer 4x256, 64 tokens", transformer, (64, 256), ((1, 1 / 1.4), (16, 1 / 1.4)), drawn(64, 256)),
+    ]
+
+
+@functools.cache
+def images() -> list[Tensor]:
+    return list(models.cifar10("calib")[0][:IMAGES].split(BATCH))
+
+
+# ---- latency
+
+
+def latency_case(subject: Subject, batch: int, limit: float) -> Case:
+    """Every int8 peer is compared with floats on ONNX Runtime."""
+    compiled = functools.partial(subject.compiled, scheme="int8")
+    return Case(
+        name=f"{subject.name}, batch {batch}",
+        peers=(
+            Peer("onnx, floats", lambda: session(file_of(subject.compiled("onnx")))),
+            Peer("quantize_static", lambda: session(quantized_by_runtime(subject))),
+            Peer("fxfreeze int8, onnx", lambda: session(file_of(compiled("onnx"))), limit=limit),
+            *(Peer(f"fxfreeze int8, {target}", lambda target=target: compiled(target))  # type: ignore[misc]
+              for target in ("torch", "aoti")),
+        ),
+        baseline="onnx, floats",
+        reference=lambda x: copy.deepcopy(subject.make()).double()(x.double()),
+        inputs=lambda generator: (torch.randn(batch, *subject.shape, generator=generator),),
+        tolerance=ROUNDING,
+    )  # fmt: skip
+
+
+def file_of(artifact: Any) -> Path:
+    """The ONNX file of an artifact, which may go."""
+    return artifact.save(_folder() / "artifact") / "onnx" / "model.onnx"
+
+
+def _folder() -> Path:
+    return Path(tempfile.mkdtemp(dir=_scratch().name))
+
+
+@functools.cache
+def _scratch() -> tempfile.TemporaryDirectory[str]:
+    return tempfile.TemporaryDirectory(prefix="fxfreeze-bench-")
+
+
+def session(path: Path) -> Callable[[Tensor], Tensor]:
+    """A bare session of ONNX Runtime."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    running = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    return lambda x: torch.from_numpy(running.run(None, {"x": x.numpy()})[0])
+
+
+@functools.cache
+def quantized_by_runtime(subject: Subject) -> Path:
+    """The file that onnxruntime makes of our float one: QDQ, uint8 inputs, int8 weights per channel, min and max."""
+    models.need("onnxruntime")
+    from onnxruntime import quantization as ort
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    class Reader(ort.CalibrationDataReader):  # type: ignore[misc]
+        def __init__(self) -> None:
+            self.batches = iter(subject.calibration())
+
+        def get_next(self) -> dict[str, Any] | None:
+            batch = next(self.batches, None)
+            return None if batch is None else {"x": batch.numpy()}
+
+    prepared, done = (_folder() / f"{name}.onnx" for name in ("prepared", "quantized"))
+    source = str(file_of(subject.compiled("onnx")))
+    try:
+        quant_pre_process(source, str(prepared))
+    except Exception:  # its symbolic shapes do not get through attention
+        quant_pre_process(source, str(prepared), skip_symbolic_shape=True)
+    ort.quantize_static(
+        str(prepared), str(done), Reader(), quant_format=ort.QuantFormat.QDQ, per_channel=True,
+        activation_type=ort.QuantType.QUInt8, weight_type=ort.QuantType.QInt8,
+    )  # fmt: skip
+    return done
+
+
+# ---- accuracy and bytes
+
+
+def accuracy_cases(subject: Subject) -> Iterator[Case]:
+    ranges = {"min and max": {}, "least squares": {"calibrate": "mse"}, "no bias correction": {"correct_bias": False}}
+    makes: dict[str, Callable[[], Any]] = {"quantize_static": lambda: session(quantized_by_runtime(subject))}
+    makes |= {f"fxfreeze int8, {name}": functools.partial(subject.compiled, "onnx", scheme="int8", **how)
+              for name, how in ranges.items()}  # fmt: skip
+    makes |= {f"fxfreeze int8, {target}": functools.partial(subject.compiled, target, scheme="int8")
+              for target in ("torch", "aoti")}  # fmt: skip
+    floats = 1 - 0.8103  # what the limit is a share of: wrong predictions of the float network
+    yield Case(
+        name=f"{subject.name}, {IMAGES} images to calibrate on",
+        peers=(
+            Peer("floats", lambda: share(lambda: subject.make(), labels)),
+            *(Peer(name, lambda make=make: share(make, labels), limit=1 + LOST / floats)  # type: ignore[misc]
+              for name, make in makes.items()),
+        ), baseline="floats", reference=lambda: None, metric=WRONG,
+    )  # fmt: skip
+    yield Case(
+        name=f"{subject.name}, {IMAGES} images to calibrate on",
+        peers=tuple(Peer(name, lambda make=make: share(make, predictions)) for name, make in makes.items()),  # type: ignore[misc]
+        baseline="quantize_static", reference=lambda: None, metric=MOVED,
+    )  # fmt: skip
+
+
+def share(make: Callable[[], Any], wanted: Callable[[], Tensor]) -> Callable[[], Reading]:
+    """Of the test images, those of which `make()` does not predict what is `wanted`."""
+    model, pictures, right = make(), models.cifar10("test")[0], wanted()
+
+    @torch.no_grad()
+    def read() -> Reading:
+        found = torch.cat([model(part).argmax(1) for part in pictures.split(500)])
+        return Reading(float((found != right).double().mean()), 0.0)
+
+    return read
+
+
+def labels() -> Tensor:
+    return models.cifar10("test")[1]
+
+
+@functools.cache
+@torch.no_grad()
+def predictions() -> Tensor:
+    model = models.resnet20()
+    return torch.cat([model(part).argmax(1) for part in models.cifar10("test")[0].split(500)])
+
+
+def size_case(subject: Subject) -> Case:
+    def bytes_of(**quantize: Any) -> Callable[[], Reading]:
+        size = subject.compiled("onnx", **quantize).sizes["onnx/model.onnx"]
+        return lambda: Reading(float(size), 0.0)
+
+    def runtime() -> Callable[[], Reading]:
+        size = quantized_by_runtime(subject).stat().st_size
+        return lambda: Reading(float(size), 0.0)
+
+    return Case(
+        name=f"{subject.name}, ONNX file", peers=(
+            Peer("floats", bytes_of),
+            Peer("quantize_static", runtime),
+            Peer("fxfreeze int8", lambda: bytes_of(scheme="int8"), limit=0.28),
+        ), baseline="floats", reference=lambda: None, metric=SIZE,
+    )  # fmt: skip
+
+
+# ---- memory of the calibration; what follows runs in child processes
+
+
+def memory_case(options: Options) -> Case:
+    """Peak memory of compiling with ranges of few samples and of many, which come one batch at a time."""
+    few, many = (peak_above(f"{HERE}:imports", f"{HERE}:calibrate", samples=count, seed=options.seed)
+                 for count in (FEW, FEW * 4 if options.quick else MANY))  # fmt: skip
+    return Case(
+        name="ResNet-18, calibration", peers=(
+            Peer(f"{FEW} samples", few),
+            Peer(f"{FEW * 4 if options.quick else MANY} samples", many, limit=GROWTH),
+        ), baseline=f"{FEW} samples", reference=lambda: None, metric=PEAK_MEMORY,
+    )  # fmt: skip
+
+
+def imports() -> Callable[[], float]:
+    for package in ("torchvision", "fxfreeze"):
+        models.need(package)
+    torch.export.export(nn.Linear(2, 2), (torch.ones(2, 2),))
+    return lambda: 0.0
+
+
+class Growing:
+    """Batches of which each has a wider range than all before, so that calibration does not end early."""
+
+    def __init__(self, samples: int) -> None:
+        self.samples = samples
+
+    def __iter__(self) -> Iterator[Tensor]:
+        generator = torch.Generator().manual_seed(0)
+        for number in range(self.samples // 16):
+            yield torch.randn(16, 3, 64, 64, generator=generator) * 1.02**number
+
+
+def calibrate(samples: int, seed: int) -> Callable[[], float]:
+    import fxfreeze as fz
+
+    model, x = models.resnet("resnet18", seed), torch.zeros(1, 3, 64, 64)
+    plan = fz.Plan([fz.Input("x", ("batch", 3, 64, 64))], [fz.Quantize()], ["onnx"])
+    artifact = fz.compile(model, plan, calibration=Growing(samples), verify="off")
+    told = [row["detail"] for row in artifact.manifest["ledger"] if "ranges of" in row["detail"]]
+    if not told or f"ranges of {samples} rows" not in told[0]:
+        raise RuntimeError(f"calibration did not read {samples} samples: {told[:1]}")
+    return lambda: relative_error(artifact(x), artifact(x))
