@@ -16,6 +16,7 @@ import torch
 
 from ..kernels.dequantize import KERNEL as DEQUANTIZE
 from ..kernels.quantize import KERNEL as QUANTIZE
+from .onnx_dynamic import PRODUCT, to_dynamic
 
 KERNELS = frozenset({
     "QLinearConv", "QLinearMatMul", "QGemm", "ConvInteger", "MatMulInteger", "MatMulIntegerToFloat",
@@ -44,9 +45,12 @@ def shape_for_runtime(graph: Any) -> list[str]:
 
     * a product reads its weight as [in, out], transposed in the file and not while it runs;
     * a Gemm's bias is int32 on the grid of the product (ONNX Runtime does this for a Conv by itself);
+    * a product with a scale per call is one of integers, see :mod:`fxfreeze.emit.onnx_dynamic`;
     * integers of 4 bits are stored as such;
     * a layer that stays in floats between integers reads them through scales per channel, all alike: behind one scale
       ONNX Runtime would quantize its weight, too, with one scale for all of it (WeightBiasQuantization);
+    * a ReLU whose result stays in floats is a Max with 0 behind an integer Gemm, which ONNX Runtime computes in floats
+      otherwise, as one operator with the ReLU;
     * conversions carry no notes, which took a tenth of the file of a ResNet-20: shapes follow from their inputs, and
       their module is that of the layer beside them.
 
@@ -56,11 +60,13 @@ def shape_for_runtime(graph: Any) -> list[str]:
     for node in list(graph.all_nodes()):
         if _is_weight(node):
             _transpose(graph, node)
+    to_dynamic(graph)
     for node in list(graph.all_nodes()):
         if _would_be_quantized(node):
             _read_by_channel(graph, node)
         elif node.op_type == "Gemm":
             _integer_bias(graph, node)
+            _part_from_relu(graph, node)
         elif _is_weight(node):
             _pack(graph, node)
     readers = {reader.name for node in graph.all_nodes() for reader in _readers(node)}
@@ -68,7 +74,7 @@ def shape_for_runtime(graph: Any) -> list[str]:
     conversions = [node for node in graph.all_nodes() if node.op_type in ("QuantizeLinear", "DequantizeLinear")]
     for node in conversions:
         _hush(node)
-    return [node.name for node in graph.all_nodes() if node.name in readers]
+    return [node.name for node in graph.all_nodes() if node.name in readers or node.op_type == PRODUCT]
 
 
 def kernels(path: Path, names: Sequence[str]) -> list[str | None]:
@@ -87,7 +93,12 @@ def kernels(path: Path, names: Sequence[str]) -> list[str | None]:
         optimised = onnx.load(options.optimized_model_filepath, load_external_data=False)
     # A node whose layout was changed on the way keeps its name, with "_token_1" appended.
     ran = {re.sub(r"_token_\d+$", "", node.name): node.op_type for node in optimised.graph.node}
-    return [ran[name] if ran.get(name) in KERNELS else None for name in names]
+    # One that was fused with what makes its scale has a new name, and reads the weight.
+    weights = {node.name: node.input[1] for node in onnx.load(path, load_external_data=False).graph.node
+               if node.op_type == PRODUCT}  # fmt: skip
+    reading = {name: node.op_type for node in optimised.graph.node for name in node.input}
+    found = [ran.get(name) or reading.get(weights.get(name, "")) for name in names]
+    return [kernel if kernel in KERNELS else None for kernel in found]
 
 
 def configure(options: Any) -> None:
@@ -187,6 +198,25 @@ def _integer_bias(graph: Any, gemm: Any) -> None:
     )  # fmt: skip
     graph.insert_before(gemm, node)
     gemm.replace_input_with(2, node.outputs[0])
+
+
+def _part_from_relu(graph: Any, gemm: Any) -> None:
+    import numpy
+    import onnx_ir
+
+    weight, readers = gemm.inputs[1].producer(), [reader for reader, _ in gemm.outputs[0].uses()]
+    if weight is None or not _is_weight(weight) or [reader.op_type for reader in readers] != ["Relu"]:
+        return
+    (relu,) = readers
+    if {reader.op_type for reader, _ in relu.outputs[0].uses()} == {"QuantizeLinear"}:
+        return
+    zero = _constant(graph, f"{gemm.name}.zero", numpy.zeros((), weight.inputs[1].const_value.numpy().dtype))
+    largest = onnx_ir.node("Max", inputs=[gemm.outputs[0], zero], name=relu.name)
+    result, relu_result = largest.outputs[0], relu.outputs[0]
+    result.shape, result.type, result.name = relu_result.shape, relu_result.type, relu_result.name
+    graph.insert_before(relu, largest)
+    relu_result.replace_all_uses_with(result, replace_graph_outputs=True)
+    graph.remove(relu, safe=True)
 
 
 def _pack(graph: Any, node: Any) -> None:
