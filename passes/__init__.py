@@ -49,6 +49,7 @@ from .prune.factorize import FactorizeLayers
 from .prune.unread_rows import UnreadRows
 from .quantize.dynamic import QuantizeDynamic
 from .quantize.static import QuantizeStatic
+from .quantize.tversky import QuantizeTversky
 from .quantize.weights import QuantizeWeights
 
 PIPELINE: tuple[Pass, ...] = (
@@ -92,6 +93,7 @@ PIPELINE: tuple[Pass, ...] = (
     UnreadRows(),
     # quantize: integers for what is left
     QuantizeStatic(),
+    QuantizeTversky(),
     QuantizeDynamic(),
     QuantizeWeights(),
     # fuse: one call where a compiler sees several; what skips neurons looks for their gate, and so comes first; what is
