@@ -67,7 +67,7 @@ def _keep_linear(sites: Sites) -> None:
 
 
 def _refuse_others(program: Program, ctx: Context, step: Tversky, path: str) -> None:
-    """Raises PlanError: another step adapts the layer that `step` removes. Quantizing comes later, and finds the head."""
+    """Raises PlanError: another step adapts the layer that `step` removes. Quantizing is later, and meets the head."""
     for index, other in enumerate(ctx.plan.steps):
         if other is not step and not isinstance(other, Quantize) and path in match_sites(program, other, index):
             raise PlanError(

@@ -41,8 +41,8 @@ class FoldTversky(NodeRewrite):
     * else one product per sum (at most three) and a pointwise epilogue; minima per feature stay a reduction;
     * ``fxfreeze::tversky_frozen``, which makes all sums of one reading of b for up to eight rows at a time, and leaves
       out what a row has not: on a CPU for few rows, as far as the declared sizes tell, and for minima per feature; on a
-      GPU where nothing but the torch target, which launches its kernels, is asked for; and wherever a step wants the head
-      on integers, which are made of b.
+      GPU where nothing but the torch target, which launches its kernels, is asked for; and wherever a step wants the
+      head on integers, which are made of b.
 
     Half precision is computed in float32, as the operator does: an indicator rounds to the wrong side too easily.
     """

@@ -32,11 +32,11 @@ _WEIGHTS = ("theta", "alpha", "beta")
 class QuantizeTversky(Pass):
     """``fxfreeze::tversky_frozen`` becomes ``fxfreeze::tversky_integer`` for ``Quantize(scheme="int8")``.
 
-    A measure is a code from 0 to 255 in steps of one grid. An absent feature is 0, and a present one at least 1, however
-    small: presence is decided by the floats, as before, for one more or one less moves a similarity by a whole measure
-    of the other side. Objects and prototypes share the grid, since minima and differences between them are no integers
-    otherwise. What it spans is tried out on the calibration data: the measures of the objects, those of the prototypes,
-    or the geometric mean of both; larger measures saturate.
+    A measure is a code from 0 to 255 in steps of one grid. An absent feature is 0, and a present one at least 1, small
+    as it may be: presence is decided by the floats, as before, for one more or one less moves a similarity by a whole
+    measure of the other side. Objects and prototypes share the grid, since minima and differences between them are no
+    integers otherwise. What it spans is tried out on the calibration data: the measures of the objects, those of the
+    prototypes, or the geometric mean of both; larger measures saturate.
 
     The measures x·Ωᵀ of the objects are a linear layer of their own, which is quantized, or not, as others are.
     """
@@ -64,6 +64,11 @@ class Grid:
     step: float
     spans: str
     dtype: torch.dtype
+
+    @property
+    def largest(self) -> float:
+        """What is larger saturates."""
+        return (LEVELS + 0.5) * self.step
 
     def tensor(self) -> Tensor:
         return torch.tensor(self.step, dtype=self.dtype)
@@ -115,7 +120,7 @@ def _grids(program: Program, head: Head, seen: Seen) -> list[Grid]:
 
 @torch.no_grad()
 def _tried(program: Program, ctx: Context, heads: Sequence[Head], seen: Seen) -> list[dict[Grid, Tally]]:
-    """What each grid changes in each head's result, from the same float measures, on one batch."""
+    """What each grid changes in each head's result, from the same float measures, on one batch; hits saturate."""
     found = {head.node: {grid: Tally() for grid in _grids(program, head, seen)} for head in heads}
     held: dict[Node, Tensor] = {}
     read = {_read(node, "a") for node in found}
@@ -124,7 +129,8 @@ def _tried(program: Program, ctx: Context, heads: Sequence[Head], seen: Seen) ->
         if node in read:
             held[node] = value
         for grid, tally in found.get(node, {}).items():
-            tally.add(_computed(program, node, grid, held[_read(node, "a")]), value, value.new_empty(0))
+            a = held[_read(node, "a")]
+            tally.add(_computed(program, node, grid, a), value, a > grid.largest)
 
     watched_run(program, next(iter(ctx.calibration.of(program))), look)
     return [found[head.node] for head in heads]
@@ -148,13 +154,14 @@ def _tables(program: Program, head: Node, grid: Grid) -> tuple[Tensor, Tensor]:
 
 
 def _report(program: Program, ctx: Context, head: Head, grid: Grid, noise: Tally, seen: Seen) -> None:
-    table, _ = _tables(program, head.node, grid)
-    saturated = float((table == LEVELS).double().mean())
+    measures = program.constant(_read(head.node, "measures"))
+    assert measures is not None
+    saturated = float((measures > grid.largest).double().mean())
     notes = [
         f"{noise.words} of its result", f"0 … {LEVELS} span {grid.spans}", seen.basis(ctx),
-        f"prototypes {table.numel()} bytes, {saturated:.2%} of them {LEVELS}",
-        "in integers are the sums over features; in floats, one operation per similarity behind them, and what is "
-        "present",
+        f"{noise.hits / max(noise.count, 1):.2%} of objects' and {saturated:.2%} of prototypes' measures saturate",
+        "sums over features run in integers, what is present and what similarities make of sums in floats; x·Ωᵀ is a "
+        "layer with a row of its own",
     ]  # fmt: skip
     ctx.ledger.add(
         site=head.path, step=head.step.name, requested=describe(head.step), outcome="rewritten",
