@@ -74,10 +74,11 @@ def integer_sums(graph: Any) -> list[str]:
     Returns:
         Names of the nodes that sum the features of Tversky heads, in the order of the graph.
     """
-    found = []
+    found: list[str] = []
+    bytes_of: dict[Any, Any] = {}
     for node in list(graph.all_nodes()):
         if node.op_type == "MatMul" and _is_int32(node.outputs[0]):
-            _multiply_bytes(graph, node)
+            _multiply_bytes(graph, node, bytes_of)
             found.append(node.name)
         elif node.op_type == "ReduceSum" and _is_int32(node.inputs[0]):
             source = node.inputs[0].producer()
@@ -144,11 +145,14 @@ def _is_int32(value: Any) -> bool:
     return bool(value.dtype == onnx_ir.DataType.INT32)
 
 
-def _multiply_bytes(graph: Any, node: Any) -> None:
-    """MatMulInteger of what a MatMul reads as int32, where both sides are bytes."""
+def _multiply_bytes(graph: Any, node: Any, bytes_of: dict[Any, Any]) -> None:
+    """MatMulInteger of what a MatMul reads as int32, where both sides are bytes; those are remembered."""
     import onnx_ir
 
-    operands = [_narrow(graph, node, value) for value in node.inputs]
+    for value in node.inputs:
+        if value not in bytes_of:
+            bytes_of[value] = _narrow(graph, node, value)
+    operands = [bytes_of[value] for value in node.inputs]
     if None in operands:
         return
     product = onnx_ir.node("MatMulInteger", inputs=operands, outputs=[_like(node.outputs[0])], name=node.name)

@@ -16,7 +16,7 @@ from fxfreeze.rewrite import Context, check_excluded, match_sites
 
 from .._adapters import addresses, describe
 from .._heads import integer_step, is_static
-from .._operators import WeightOperator, constant_problem, weight_operator
+from .._operators import WeightOperator, arguments, constant_problem, weight_operator
 
 
 @dataclass(frozen=True)
@@ -49,12 +49,16 @@ def quantized_sites(
 ) -> list[Site]:
     """The layers of every step that `wanted` takes; of what a step names and `problem` refuses, a row says why.
 
-    Of several steps that name one layer, the last quantizes it.
+    Of several steps that name one layer, the last quantizes it. The product x·Ωᵀ that a Tversky head on integers reads
+    is a part of the head, and no layer.
 
     Raises:
         PlanError: a step names no layer, or excludes a module that is not there.
     """
-    offered, heads = dict(_layers(program)), list(_similarities(program))
+    heads = list(_similarities(program))
+    frozen = [head for head in heads if head.target is FROZEN.op and integer_step(program, head, ctx.plan.steps)]
+    projections = {arguments(head)["a"] for head in frozen}
+    offered = {node: path for node, path in _layers(program) if node not in projections}
     chosen: dict[Node, Site] = {}
     for index, step in enumerate(ctx.plan.steps):
         if not isinstance(step, Quantize):

@@ -38,7 +38,7 @@ class QuantizeTversky(Pass):
     integers otherwise. What it spans is tried out on the calibration data: the measures of the objects, those of the
     prototypes, or the geometric mean of both; larger measures saturate.
 
-    The measures x·Ωᵀ of the objects are a linear layer of their own, which is quantized, or not, as others are.
+    The product x·Ωᵀ stays in floats: in 8 bits, measures near the threshold would be on the wrong side of it.
     """
 
     name, stage, exact = "quantize_tversky", "quantize", False
@@ -160,8 +160,7 @@ def _report(program: Program, ctx: Context, head: Head, grid: Grid, noise: Tally
     notes = [
         f"{noise.words} of its result", f"0 … {LEVELS} span {grid.spans}", seen.basis(ctx),
         f"{noise.hits / max(noise.count, 1):.2%} of objects' and {saturated:.2%} of prototypes' measures saturate",
-        "sums over features run in integers, what is present and what similarities make of sums in floats; x·Ωᵀ is a "
-        "layer with a row of its own",
+        "sums over features run in integers; x·Ωᵀ, what is present, and what similarities make of sums in floats",
     ]  # fmt: skip
     ctx.ledger.add(
         site=head.path, step=head.step.name, requested=describe(head.step), outcome="rewritten",
