@@ -1,10 +1,10 @@
 // fxfreeze::tversky_integer on a CPU. Names and formulas are those of tversky_integer.py; a is uint8 [rows, K], b uint8
 // [K, P], both contiguous.
 //
-// Vectors of neighbouring prototypes are added up in 16 bits for SPAN features, which cannot overflow, and then in 32. To
-// widen one, its even and its odd bytes are taken apart, which costs less than to keep their order. Features that an
-// object has not are not read. All sums are exact, so their order does not matter; the floats behind them are computed in
-// the order of the reference, and without contraction, so that they are the same bits.
+// Vectors of neighbouring prototypes are added up in 16 bits for SPAN features, which cannot overflow, and then in 32.
+// To widen one, its even and its odd bytes are taken apart, which costs less than to keep their order. Features that an
+// object has not are not read. All sums are exact, so their order does not matter; the floats behind them are computed
+// in the order of the reference, and without contraction, so that they are the same bits.
 //
 // AOTInductor compiles this text at -O1 as a part of its own.
 
@@ -94,46 +94,63 @@ struct Present {
 // Sums of one object. In `near` and `products` those of a tile lie in the order in which add() has them: first the even
 // columns, then the odd ones, and of these again the even and the odd.
 struct Sums {
-  std::vector<uint16_t> near_a, near_b, near_minimum;
-  std::vector<uint32_t> products;
-  std::vector<int32_t> common_a, common_b, minimum, product;
-  int32_t total = 0;
+  uint16_t *near_a, *near_b, *near_minimum;
+  uint32_t* products;
+  int32_t *common_a, *common_b, *minimum, *product;
+  int32_t total;
+};
 
-  explicit Sums(int64_t columns)
-      : near_a(columns), near_b(columns), near_minimum(columns), products(columns), common_a(columns),
-        common_b(columns), minimum(columns), product(columns) {}
+// The memory of some objects' sums: 30 bytes per column of each.
+struct Memory {
+  std::vector<uint16_t> near;
+  std::vector<uint32_t> products;
+  std::vector<int32_t> whole;
+
+  Memory(int64_t objects, int64_t columns)
+      : near(3 * objects * columns), products(objects * columns), whole(4 * objects * columns) {}
+
+  Sums of(int64_t object, int64_t columns) {
+    uint16_t* low = near.data() + 3 * object * columns;
+    int32_t* high = whole.data() + 4 * object * columns;
+    return {low, low + columns, low + 2 * columns, products.data() + object * columns,
+            high, high + columns, high + 2 * columns, high + 3 * columns, 0};
+  }
 
   void clear() {
-    for (auto* part : {&near_a, &near_b, &near_minimum}) std::fill(part->begin(), part->end(), 0);
-    for (auto* part : {&common_a, &common_b, &minimum}) std::fill(part->begin(), part->end(), 0);
-    std::fill(products.begin(), products.end(), 0);
-  }
-
-  void carry() {
-    const auto add = [](std::vector<uint16_t>& from, std::vector<int32_t>& to) {
-      const int64_t count = from.size();
-      for (int64_t p = 0; p < count; p += TILE)
-        for (int64_t i = 0; i < HALF; ++i) to[p + 2 * i] += from[p + i], to[p + 2 * i + 1] += from[p + HALF + i];
-      std::fill(from.begin(), from.end(), 0);
-    };
-    add(near_a, common_a), add(near_b, common_b), add(near_minimum, minimum);
-  }
-
-  void order() {
-    const int64_t count = products.size();
-    for (int64_t p = 0; p < count; p += TILE)
-      for (int64_t i = 0; i < QUARTER; ++i)
-        for (int64_t part = 0; part < 4; ++part)
-          product[p + 4 * i + part / 2 + part % 2 * 2] = products[p + part * QUARTER + i];
+    std::memset(near.data(), 0, near.size() * sizeof(near[0]));
+    std::memset(products.data(), 0, products.size() * sizeof(products[0]));
+    std::memset(whole.data(), 0, whole.size() * sizeof(whole[0]));
   }
 };
+
+void carry(uint16_t* from, int32_t* to, int64_t columns) {
+  for (int64_t p = 0; p < columns; p += TILE)
+    for (int64_t i = 0; i < HALF; ++i) to[p + 2 * i] += from[p + i], to[p + 2 * i + 1] += from[p + HALF + i];
+  std::memset(from, 0, columns * sizeof(from[0]));
+}
+
+void carry(const Sums& sums, int64_t columns) {
+  carry(sums.near_a, sums.common_a, columns);
+  carry(sums.near_b, sums.common_b, columns);
+  carry(sums.near_minimum, sums.minimum, columns);
+}
+
+void order(const Sums& sums, int64_t columns) {
+  for (int64_t p = 0; p < columns; p += TILE)
+    for (int64_t i = 0; i < QUARTER; ++i)
+      for (int64_t part = 0; part < 4; ++part)
+        sums.product[p + 4 * i + part / 2 + part % 2 * 2] = sums.products[p + part * QUARTER + i];
+}
 
 // The even and the odd of a tile's sums, and how one more vector of bytes gets into them.
 struct Pair {
   Shorts even = {}, odd = {};
 
-  explicit Pair(const uint16_t* from) { load(even, from), load(odd, from + HALF); }
-  void keep(uint16_t* to) const { store(to, even), store(to + HALF, odd); }
+  inline __attribute__((always_inline)) explicit Pair(const uint16_t* from) {
+    load(even, from), load(odd, from + HALF);
+  }
+
+  inline __attribute__((always_inline)) void keep(uint16_t* to) const { store(to, even), store(to + HALF, odd); }
 
   inline __attribute__((always_inline)) void add(const Bytes& bytes) {
     const Shorts both = reinterpret_cast<Shorts>(bytes);
@@ -148,12 +165,12 @@ inline __attribute__((always_inline)) void add_product(Words* to, const Shorts& 
 
 // Of the features that an object has, to the sums of some columns.
 template <bool COMMON, bool MINIMUM, bool PRODUCT>
-void add(const Present& object, int64_t columns, Sums& to) {
+void add(const Present& object, int64_t columns, const Sums& to) {
   for (int64_t p = 0; p < columns; p += TILE) {
-    Pair common_a(&to.near_a[p]), common_b(&to.near_b[p]), minimum(&to.near_minimum[p]);
+    Pair common_a(to.near_a + p), common_b(to.near_b + p), minimum(to.near_minimum + p);
     Words product[4] = {};
     if (PRODUCT)
-      for (int part = 0; part < 4; ++part) load(product[part], &to.products[p + part * QUARTER]);
+      for (int part = 0; part < 4; ++part) load(product[part], to.products + p + part * QUARTER);
     for (int64_t i = 0; i < object.count; ++i) {
       const Bytes a = Bytes{} + object.code[i];
       Bytes b;
@@ -165,14 +182,14 @@ void add(const Present& object, int64_t columns, Sums& to) {
         add_product(product, (both & 255) * object.code[i]), add_product(product + 2, (both >> 8) * object.code[i]);
       }
     }
-    if (COMMON) common_a.keep(&to.near_a[p]), common_b.keep(&to.near_b[p]);
-    if (MINIMUM) minimum.keep(&to.near_minimum[p]);
+    if (COMMON) common_a.keep(to.near_a + p), common_b.keep(to.near_b + p);
+    if (MINIMUM) minimum.keep(to.near_minimum + p);
     if (PRODUCT)
-      for (int part = 0; part < 4; ++part) store(&to.products[p + part * QUARTER], product[part]);
+      for (int part = 0; part < 4; ++part) store(to.products + p + part * QUARTER, product[part]);
   }
 }
 
-using Add = void (*)(const Present&, int64_t, Sums&);
+using Add = void (*)(const Present&, int64_t, const Sums&);
 
 template <bool COMMON, bool MINIMUM>
 Add add_for(const How& how) {
@@ -195,40 +212,81 @@ Present present(const Arguments& given, int64_t object, int64_t first, int64_t c
   return found;
 }
 
+template <class T, class Function>
+inline __attribute__((always_inline)) void each(T* to, int64_t columns, Function function) {
+#pragma omp simd
+  for (int64_t p = 0; p < columns; ++p) to[p] = function(p);
+}
+
+// f(A∩B).
+template <class T>
+void intersect(const How& how, const Sums& s, T step, int64_t columns, T* common) {
+  const int32_t *a = s.common_a, *b = s.common_b, *least = s.minimum, *product = s.product;
+  if (how.product()) {
+    const T square = step * step;
+    each(common, columns, [=](int64_t p) { return T(product[p]) * square; });
+  } else if (how.intersection == "mean") {
+    const T half = step / 2;
+    each(common, columns, [=](int64_t p) { return T(a[p] + b[p]) * half; });
+  } else if (how.intersection == "min") {
+    if (how.aggregate())
+      each(common, columns, [=](int64_t p) { return T(a[p] < b[p] ? a[p] : b[p]) * step; });
+    else
+      each(common, columns, [=](int64_t p) { return T(least[p]) * step; });
+  } else if (how.intersection == "max") {
+    if (how.aggregate())
+      each(common, columns, [=](int64_t p) { return T(a[p] > b[p] ? a[p] : b[p]) * step; });
+    else
+      each(common, columns, [=](int64_t p) { return T(a[p] + b[p] - least[p]) * step; });
+  } else if (how.intersection == "gmean") {
+    for (int64_t p = 0; p < columns; ++p) common[p] = std::sqrt(T(a[p]) * step) * std::sqrt(T(b[p]) * step);
+  } else {
+    for (int64_t p = 0; p < columns; ++p) {
+      const T one = T(a[p]) * step, other = T(b[p]) * step;
+      common[p] = std::min(one, other) - std::log1p(std::exp(-std::abs(one - other)));
+    }
+  }
+}
+
+// f(A−B) and f(B−A), in steps.
+void subtract(const How& how, const Sums& s, const int32_t* total_b, int64_t columns, int32_t* only_a,
+              int32_t* only_b) {
+  const int32_t *a = s.common_a, *b = s.common_b, *least = s.minimum, total = s.total;
+  if (how.subtract() && how.semantics == "per_feature") {
+    each(only_a, columns, [=](int64_t p) { return a[p] - least[p]; });
+    each(only_b, columns, [=](int64_t p) { return b[p] - least[p]; });
+  } else if (how.subtract() && how.semantics == "inclusive") {
+    each(only_a, columns, [=](int64_t p) { return total - least[p]; });
+    each(only_b, columns, [=](int64_t p) { return total_b[p] - least[p]; });
+  } else {
+    const int32_t surplus = how.subtract();
+    auto positive = [](int32_t x) { return x > 0 ? x : 0; };
+    each(only_a, columns, [=](int64_t p) { return total - a[p] + surplus * positive(a[p] - b[p]); });
+    each(only_b, columns, [=](int64_t p) { return total_b[p] - b[p] + surplus * positive(b[p] - a[p]); });
+  }
+}
+
 template <class T>
 struct Weights {
   T step, theta, alpha, beta;
 };
 
-// f(A∩B) of one prototype.
+// Scratch has room for the sums of an object's columns twice, in integers, and once in floats.
 template <class T>
-T intersect(const How& how, const Sums& s, int64_t p, T step) {
-  const int32_t a = s.common_a[p], b = s.common_b[p];
-  if (how.product()) return T(s.product[p]) * (step * step);
-  if (how.intersection == "mean") return T(a + b) * (step / 2);
-  if (how.intersection == "gmean") return std::sqrt(T(a) * step) * std::sqrt(T(b) * step);
-  if (how.intersection == "softmin") {
-    const T one = T(a) * step, other = T(b) * step;
-    return std::min(one, other) - std::log1p(std::exp(-std::abs(one - other)));
-  }
-  const bool least = how.intersection == "min";
-  if (how.aggregate()) return T(least ? std::min(a, b) : std::max(a, b)) * step;
-  return T(least ? s.minimum[p] : a + b - s.minimum[p]) * step;
-}
-
-template <class T>
-void finish(const How& how, const Sums& s, const int32_t* total_b, const Weights<T>& by, int64_t columns, T* out) {
-  const bool ratio = how.model == "ratio", subtract = how.subtract(), aggregate = how.aggregate();
-  const bool feature = subtract && how.semantics == "per_feature", inclusive = subtract && how.semantics == "inclusive";
-  for (int64_t p = 0; p < columns; ++p) {
-    const int32_t a = s.common_a[p], b = s.common_b[p], least = s.minimum[p];
-    int32_t only_a = (feature ? a : s.total) - (feature || inclusive ? least : a);
-    int32_t only_b = (feature ? b : total_b[p]) - (feature || inclusive ? least : b);
-    if (subtract && aggregate) only_a += std::max(a - b, 0), only_b += std::max(b - a, 0);
-    const T common = intersect(how, s, p, by.step), mine = T(only_a) * by.step, theirs = T(only_b) * by.step;
-    out[p] = ratio ? common / (common + by.alpha * mine + by.beta * theirs + 1)
-                   : by.theta * common - by.alpha * mine - by.beta * theirs;
-  }
+void finish(const How& how, const Sums& s, const int32_t* total_b, const Weights<T>& by, int64_t columns,
+            int32_t* scratch, T* common, T* out) {
+  int32_t *only_a = scratch, *only_b = scratch + columns;
+  intersect(how, s, by.step, columns, common);
+  subtract(how, s, total_b, columns, only_a, only_b);
+  const T step = by.step, theta = by.theta, alpha = by.alpha, beta = by.beta;
+  if (how.model == "contrast")
+    each(out, columns, [=](int64_t p) {
+      return theta * common[p] - alpha * (T(only_a[p]) * step) - beta * (T(only_b[p]) * step);
+    });
+  else
+    each(out, columns, [=](int64_t p) {
+      return common[p] / (common[p] + alpha * (T(only_a[p]) * step) + beta * (T(only_b[p]) * step) + 1);
+    });
 }
 
 // Columns begin, ..., end − 1 of the similarities of some objects.
@@ -237,21 +295,24 @@ void columns(const How& how, const Arguments& given, const Weights<T>& by, int64
              int64_t end, T* out) {
   const Add add = add_for(how);
   const int64_t most = std::min(COLUMNS, (end - begin + TILE - 1) / TILE * TILE);
-  std::vector<Sums> sums(count, Sums(most));
+  Memory memory(count, most);
+  std::vector<int32_t> scratch(2 * most);
+  std::vector<T> common(most);
   for (int64_t start = begin; start < end; start += most) {
     const int64_t width = std::min(most, end - start);
-    for (Sums& item : sums) item.clear();
+    memory.clear();
     for (int64_t k = 0; k < given.features; k += FEATURES) {
-      for (int64_t i = 0; i < count; ++i) add(present(given, first + i, k, start), width, sums[i]);
+      for (int64_t i = 0; i < count; ++i) add(present(given, first + i, k, start), width, memory.of(i, most));
       if ((k + FEATURES) % SPAN == 0)
-        for (Sums& item : sums) item.carry();
+        for (int64_t i = 0; i < count; ++i) carry(memory.of(i, most), most);
     }
     for (int64_t i = 0; i < count; ++i) {
       const uint8_t* a = given.a + (first + i) * given.features;
-      sums[i].carry(), sums[i].order();
-      sums[i].total = 0;
-      for (int64_t k = 0; k < given.features; ++k) sums[i].total += a[k];
-      finish(how, sums[i], given.total_b + start, by, width, out + (first + i) * given.columns + start);
+      Sums sums = memory.of(i, most);
+      carry(sums, most), order(sums, most);
+      for (int64_t k = 0; k < given.features; ++k) sums.total += a[k];
+      finish(how, sums, given.total_b + start, by, width, scratch.data(), common.data(),
+             out + (first + i) * given.columns + start);
     }
   }
 }
