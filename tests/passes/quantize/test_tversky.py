@@ -81,7 +81,7 @@ def test_what_is_present_stays_so() -> None:
     """Prototypes by their table, and objects by the graph: a step of rounding must not make a feature absent."""
     net = Net(**MINIMA)
     done = compiled(net, fz.Quantize("head"))
-    measures = project(net.head.prototypes.double(), net.head.features.double(), False).T
+    measures = project(net.head.prototypes.detach().double(), net.head.features.detach().double(), False).T
     table = stored(done, "codes")
     assert torch.equal(table > 0, measures > 0) and table.dtype == torch.uint8
     assert torch.equal(stored(done, "totals"), table.sum(0, dtype=torch.int32))
@@ -93,7 +93,11 @@ def test_what_is_present_stays_so() -> None:
 # ---- the pass
 
 
-@pytest.mark.parametrize("how", [{}, MINIMA, {"model": "ratio", "intersection": "max", "semantics": "inclusive"}])
+@pytest.mark.parametrize(
+    "how",
+    [{}, MINIMA, {"model": "ratio", "intersection": "max", "semantics": "inclusive"},
+     {**MINIMA, "threshold": 0.3, "normalize": True}],
+)  # fmt: skip
 def test_a_head_becomes_integers_and_hardly_moves(how: dict[str, Any]) -> None:
     net, x = Net(**how), batches(3)[-1]
     done = compiled(net, fz.Quantize("head"))
@@ -104,7 +108,7 @@ def test_a_head_becomes_integers_and_hardly_moves(how: dict[str, Any]) -> None:
     assert row.site == "head" and row.executes.startswith("fxfreeze.tversky_integer.default: uint8 measures")
     assert "of its result; 0 … 255 span the " in row.detail and "64 rows of calibration data" in row.detail
     assert "x·Ωᵀ, what is present, and what similarities make of sums in floats" in row.detail
-    want, (found,) = net(x), done.program.run(x)
+    want, (found,) = net(x).detach(), done.program.run(x)
     assert 0 < float((found - want).norm() / want.norm()) < 0.02
 
 
@@ -312,6 +316,16 @@ def test_onnx_runtime_sums_integers(how: dict[str, Any], kernels: str, tmp_path:
     kinds = [item.data_type for item in graph.initializer if list(item.dims) == [100, 96]]
     assert kinds == [onnx.TensorProto.UINT8]
     assert not [node for node in graph.node if node.op_type == "MatMul"]
+
+
+def test_bytes_that_two_products_read_are_stored_once(tmp_path: Path) -> None:
+    onnx = pytest.importorskip("onnx")
+    pytest.importorskip("onnxruntime")
+    artifact_of(fz.Quantize("head"), targets=["onnx"]).save(tmp_path / "out")
+    graph = onnx.load(tmp_path / "out" / "onnx" / "model.onnx").graph
+    tables = [onnx.numpy_helper.to_array(item) for item in graph.initializer if list(item.dims) == [BANK, CLASSES]]
+    assert [str(table.dtype) for table in tables] == ["uint8", "uint8"]
+    assert sorted(int(table.max()) > 1 for table in tables) == [False, True]  # what is present, and the codes
 
 
 def test_a_product_in_wide_integers_is_no_integer_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
