@@ -8,9 +8,9 @@ both have, so that Σ min is a count as well.
 What is no such sum has no form here: a root or a logarithm of every feature.
 
 On a CPU this is C++, for any number of rows. Milliseconds of K x P = 1024 x 1000 at 1, 8 and 64 rows, half of the
-features present, one thread with AVX512: 0.09, 0.34 and 2.2 for minima of every feature, 0.13, 0.47 and 3.1 for products;
-``fxfreeze::tversky_frozen`` takes 0.22, 0.79 and 5.3, and 0.25, 0.75 and 4.1. One product of matrices, which folding
-makes of products and ignorematch in floats, is faster than both from some ten rows on.
+features present, one thread with AVX512: 0.09, 0.34 and 2.2 for minima of every feature, 0.13, 0.47 and 3.1 for
+products; ``fxfreeze::tversky_frozen`` takes 0.22, 0.79 and 5.3, and 0.25, 0.75 and 4.1. The one product of matrices
+that folding makes of products and ignorematch in floats is faster than both at 64 rows.
 """
 
 from __future__ import annotations

@@ -172,8 +172,8 @@ def test_half_precision_is_computed_in_float32_and_rounded_once() -> None:
     (node,) = called(done, INTEGER)
     assert node.kwargs["dtype"] == torch.bfloat16 and stored(done, "step").dtype == torch.float32
     x = batches(1, torch.bfloat16)[0]
-    want = net(x).float()
-    assert float((done.program.run(x)[0].float() - want).norm() / want.norm()) < 0.05
+    want = net(x).detach().float()
+    assert float((done.program.run(x)[0].float() - want).norm() / want.norm()) < 0.02
 
 
 def test_a_head_that_runs_twice() -> None:
@@ -184,8 +184,8 @@ def test_a_head_that_runs_twice() -> None:
     net, x = Twice(**MINIMA), batches()[0]
     done = compiled(net, fz.Quantize("head"))
     assert len(called(done, INTEGER)) == 2
-    want = net(x)
-    assert float((done.program.run(x)[0] - want).norm() / want.norm()) < 0.1
+    want = net(x).detach()
+    assert float((done.program.run(x)[0] - want).norm() / want.norm()) < 0.02
 
 
 # ---- what is refused, and what is left alone
@@ -212,8 +212,8 @@ def test_what_is_no_integer_on_the_grid_is_refused(how: dict[str, Any], reason: 
 def test_roots_and_logarithms_of_sums_are_served(how: dict[str, Any]) -> None:
     net, x = Net(**how), batches()[0]
     done = compiled(net, fz.Quantize("head"))
-    want = net(x)
-    assert called(done, INTEGER) and float((done.program.run(x)[0] - want).norm() / want.norm()) < 0.05
+    want = net(x).detach()
+    assert called(done, INTEGER) and float((done.program.run(x)[0] - want).norm() / want.norm()) < 0.02
 
 
 def test_a_head_whose_prototypes_are_computed_is_refused() -> None:
@@ -410,4 +410,4 @@ def test_digits_are_told_apart_as_before(how: dict[str, Any]) -> None:
     want, found = net(test).detach(), done.program.run(test)[0]
     right = [float((scores.argmax(1) == data.test_labels).double().mean()) for scores in (want, found)]
     assert right[0] > 0.9 and right[1] >= right[0] - 0.01
-    assert float((found - want).norm() / want.norm()) < 0.05 and not torch.equal(found, want)
+    assert float((found - want).norm() / want.norm()) < 0.03 and not torch.equal(found, want)
