@@ -230,7 +230,7 @@ def native_apply(
 
 
 def native_fake(
-    a: Tensor, measures: Tensor, totals: Tensor, step: Tensor, theta: Tensor, alpha: Tensor, beta: Tensor, *how: str
+    a: Tensor, measures: Tensor, totals: Tensor, step: Tensor, theta: Tensor, alpha: Tensor, beta: Tensor, *how: Any
 ) -> Tensor:
     weights = (theta, alpha, beta)
     _check(a, measures, totals, step, *weights, how=combination(*how), dtype=None)

@@ -78,8 +78,9 @@ def _kernels(program: Program, folder: Path, layers: Sequence[str], sums: Sequen
     if count != len(layers):
         raise EmitError(f"{count} quantized layers became {len(layers)} in ONNX", where=FILE)
     ran = onnx_quantized.kernels(folder / FILE, [*layers, *sums])
-    of_layers, of_heads = iter(ran[:count]), set(ran[count:])
-    head = " and ".join(sorted(of_heads)) if of_heads and None not in of_heads else None  # type: ignore[type-var]
+    of_layers, of_heads = iter(ran[:count]), ran[count:]
+    known = sorted({kernel for kernel in of_heads if kernel is not None})
+    head = " and ".join(known) if known and None not in of_heads else None
     sites = [(node.meta[INTEGERS], head if is_head(node) else next(of_layers)) for node in nodes]
     return {"integer": [[site.path, site.step, kernel] for site, kernel in sites]}
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -360,8 +362,8 @@ def test_without_layers_torchao_is_not_needed(monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.mark.slow
 @pytest.mark.parametrize("how", [{}, MINIMA], ids=["product", "minima"])
-def test_a_package_and_torch_call_the_kernel(how: dict[str, Any]) -> None:
-    """With the layers in front on integers, too."""
+def test_a_package_and_torch_call_the_kernel(how: dict[str, Any], tmp_path: Path) -> None:
+    """With the layer in front on integers, too; and the package in a process that cannot import fxfreeze."""
     pytest.importorskip("torchao", reason="needs fxfreeze[int8]")
     artifact = artifact_of(fz.Quantize(), targets=["torch", "aoti"], **how)
     for target in ("torch", "aoti"):
@@ -369,6 +371,16 @@ def test_a_package_and_torch_call_the_kernel(how: dict[str, Any]) -> None:
             "body": {"integer-executed by oneDNN"},
             "head": {"integer-executed by tversky_integer"},
         }
+    artifact.save(tmp_path / "out")
+    x = batches()[0]
+    torch.save((x, artifact.target("aoti")(x)), tmp_path / "case.pt")
+    code = (
+        "import sys, torch; sys.modules['fxfreeze'] = None; x, want = torch.load('case.pt');"
+        "(found,) = torch._inductor.aoti_load_package('out/aoti/model.pt2')(x);"
+        "assert torch.equal(found, want) and not hasattr(torch.ops.fxfreeze, 'tversky_integer_native')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 @pytest.mark.slow
