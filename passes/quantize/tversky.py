@@ -88,8 +88,8 @@ def _problem(program: Program, head: Head) -> str | None:
         return "integer similarities have a kernel on CPUs only"
     if how.threshold < 0:
         return f"features with negative measures are present above {how.threshold:g}, and the grid begins at 0"
-    if program.constant(_read(head.node, "measures")) is None:
-        return "its prototypes are computed in the graph, not constant"
+    if any(program.constant(_read(head.node, name)) is None for name in ("measures", "totals", *_WEIGHTS)):
+        return "its prototypes or its weights are computed in the graph, not constant"
     return problem(how, measures.shape[0])
 
 
