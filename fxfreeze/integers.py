@@ -4,6 +4,8 @@ Inductor knows those kernels (``onednn::qconv_pointwise``, ``onednn::qlinear_poi
 are patterns that start from the operators ``quantized_decomposed::*``; newer versions of torch leave them to torchao.
 Our operators become those here, with scales that are numbers. Where no pattern fits, the graph still computes the
 same, in floats: hence the code that was generated is counted, and not the graph (:func:`count_calls`).
+
+Tversky heads have an operator of their own, ``fxfreeze::tversky_integer``, which has no form in floats.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from .errors import MissingDependencyError
 from .exporting import quiet
 from .kernels.dequantize import KERNEL as DEQUANTIZE
 from .kernels.quantize import KERNEL as QUANTIZE
+from .kernels.tversky_integer import KERNEL as HEAD
 from .program import INTEGERS, Program, on_cpu
 
 _HOMES = ("torch._inductor.fx_passes.quantization", "torchao.quantization.pt2e.inductor_passes.x86")
@@ -29,6 +32,7 @@ _REGISTER = "_register_quantization_weight_pack_pass"
 OPERATORS = (QUANTIZE.op, DEQUANTIZE.op)
 _CLONE = torch.ops.aten.clone.default
 _CALL = re.compile(r"aoti_torch_cpu__(qconv|qlinear)\w*\(")
+_HEAD_CALL = re.compile(rf"AOTI_TORCH_ERROR_CODE_CHECK\(aoti_torch_cpu_{HEAD.name}_native\(")
 
 
 def has_integers(program: Program) -> bool:
@@ -40,9 +44,11 @@ def with_integers(program: Program) -> Program:
     """A copy in which what is quantized by constant scales, per tensor or per channel, is so by torch's operators.
 
     Raises:
-        MissingDependencyError: torchao is not installed.
+        MissingDependencyError: torchao is not installed, and there are layers for its patterns.
     """
-    _register_patterns()
+    importlib.import_module("torch.ao.quantization.fx._decomposed")  # defines the operators
+    if any(node.target is DEQUANTIZE.op for node in program.graph.nodes):
+        _register_patterns()
     program = program.clone()
     for node in list(program.graph.nodes):
         if node.target is QUANTIZE.op and node.args[0].meta["val"].dim() > 2 and _multiplied(node):
@@ -56,18 +62,26 @@ def with_integers(program: Program) -> Program:
     return program
 
 
-def executed(program: Program, calls: int) -> dict[str, Any]:
+def executed(program: Program, calls: int, heads: int | None = None) -> dict[str, Any]:
     """The fact ``integer``: for every quantized layer its site, its step, and what runs it, or None for floats.
 
     Args:
         calls: of integer kernels, in the code that was generated for `program`. It does not say for which layers: are
             there fewer than layers of constant scales, none of these counts as executed.
+        heads: the same of Tversky heads' kernel; None: the operator is called as it stands in the graph.
     """
     layers = [node for node in program.graph.nodes if INTEGERS in node.meta]
     static = {node for node in layers if _reads_constant_grid(program, node)}
-    ran = static if calls == len(static) else set[Node]()
-    found = [(node.meta[INTEGERS], node in ran) for node in layers]
-    return {"integer": [[site.path, site.step, "oneDNN" if done else None] for site, done in found]}
+    similarities = set(filter(is_head, layers))
+    ran = dict.fromkeys(static, "oneDNN") if calls == len(static) else {}
+    if heads is None or heads == len(similarities):
+        ran |= dict.fromkeys(similarities, HEAD.name)
+    return {"integer": [[node.meta[INTEGERS].path, node.meta[INTEGERS].step, ran.get(node)] for node in layers]}
+
+
+def is_head(node: Node) -> bool:
+    """Whether `node` is a Tversky head on integers."""
+    return node.target is HEAD.op
 
 
 def _multiplied(quantize: Node) -> bool:
@@ -92,12 +106,13 @@ def count_lowered() -> int:
     return sum(found[name] for name in list(found) if re.match(r"q(conv|linear).*_lower_count$", name))
 
 
-def count_calls(package: Path) -> int:
-    """How many calls of oneDNN's integer kernels the C++ in an AOTInductor package makes."""
+def count_calls(package: Path) -> tuple[int, int]:
+    """How many calls the C++ in an AOTInductor package makes: of oneDNN's integer kernels, and of Tversky heads'."""
     with zipfile.ZipFile(package) as archive:
         sources = [archive.read(name).decode(errors="replace") for name in archive.namelist() if name.endswith(".cpp")]
     # A declaration has a type in front; a call stands within the macro that checks its result.
-    return sum(len(_CALL.findall(source)) for source in sources)
+    calls, heads = (sum(len(pattern.findall(source)) for source in sources) for pattern in (_CALL, _HEAD_CALL))
+    return calls, heads
 
 
 def _replacement(program: Program, node: Node) -> tuple[Any, tuple[Any, ...]]:
@@ -124,7 +139,6 @@ def _replacement(program: Program, node: Node) -> tuple[Any, tuple[Any, ...]]:
 @functools.cache
 def _register_patterns() -> None:
     """Once in a process: they are Inductor's from then on."""
-    importlib.import_module("torch.ao.quantization.fx._decomposed")  # defines the operators
     try:
         with quiet():
             patterns = next(filter(None, map(_with_patterns, _HOMES)))

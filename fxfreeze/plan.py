@@ -1151,7 +1151,7 @@ class Quantize(_Excluding):
 
     It is done after everything else that changes weights, and is lossy: what it costs is measured on `calibration`. A
     layer counts as quantized only where its target runs it in integers; elsewhere the compiler refuses, unless
-    `allow_simulated`.
+    `allow_simulated`. With scheme='int8' and mode='static', a Tversky head that `at` names is summed up in integers.
     """
 
     kind: Literal["quantize"] = Field(default="quantize", description="Integers for floats.", kw_only=True)

@@ -165,7 +165,9 @@ class Terms:
 _ELEMENTS, _CHUNKS = 1 << 14, 64
 
 
-def pairwise(pair: Callable[..., Tensor], a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
+def pairwise(
+    pair: Callable[..., Tensor], a: Sequence[Tensor], b: Sequence[Tensor], dtype: torch.dtype | None = None
+) -> Tensor:
     """Σ_k pair(a…, b…) for every row of `a` with every row of `b`, some rows of `b` at a time.
 
     Per row of `a` about 2¹⁴ elements are held at once; more where `b` is so large that there would be more than 64
@@ -175,12 +177,13 @@ def pairwise(pair: Callable[..., Tensor], a: Sequence[Tensor], b: Sequence[Tenso
         pair: elementwise function of [..., 1, K] and [p, K].
         a: tensors [..., K], P ≥ 1.
         b: tensors [P, K].
+        dtype: of the sums; default: torch's for what `pair` gives.
     """
     count, width = b[0].shape
     step = max(1, _ELEMENTS // max(width, 1), -(-count // _CHUNKS))
     rows = [value.unsqueeze(-2) for value in a]
-    parts = [pair(*rows, *(v[start : start + step] for v in b)).sum(-1) for start in range(0, count, step)]
-    return torch.cat(parts, -1)
+    chunks = (pair(*rows, *(v[start : start + step] for v in b)) for start in range(0, count, step))
+    return torch.cat([chunk.sum(-1, dtype=dtype) for chunk in chunks], -1)
 
 
 def min_sum_by_distance(a: Tensor, b: Tensor) -> Tensor:

@@ -50,6 +50,7 @@ from .prune.unread_rows import UnreadRows
 from .quantize.dynamic import QuantizeDynamic
 from .quantize.equalize import Equalize
 from .quantize.static import QuantizeStatic
+from .quantize.tversky import QuantizeTversky
 from .quantize.weights import QuantizeWeights
 
 PIPELINE: tuple[Pass, ...] = (
@@ -94,6 +95,7 @@ PIPELINE: tuple[Pass, ...] = (
     # quantize: integers for what is left, once its channels are alike
     Equalize(),
     QuantizeStatic(),
+    QuantizeTversky(),
     QuantizeDynamic(),
     QuantizeWeights(),
     # fuse: one call where a compiler sees several; what skips neurons looks for their gate, and so comes first; what is

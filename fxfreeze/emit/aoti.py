@@ -52,7 +52,7 @@ def emit(lowering: Lowering, folder: Path) -> dict[str, Any]:
         path.unlink(missing_ok=True)
         raise emit_error("AOTInductor cannot compile the program", error) from error
     facts: dict[str, Any] = {"freezing": configs["freezing"]}  # the compiler adds settings of its own to configs
-    return facts | (executed(lowering.program, count_calls(path)) if has_integers(lowering.program) else {})
+    return facts | (executed(lowering.program, *count_calls(path)) if has_integers(lowering.program) else {})
 
 
 def load(folder: Path, interface: Interface) -> Runner:

@@ -23,8 +23,9 @@ from torch import Tensor
 
 from ..errors import ArtifactError, EmitError, MissingDependencyError
 from ..exporting import quiet
+from ..integers import is_head
 from ..lower import Lowering, emit_error
-from ..program import Program, TensorSpec, integer_sites
+from ..program import INTEGERS, Program, TensorSpec
 from ..sampling import sample_inputs, tracing_sizes
 from ..serialize import Interface
 from . import onnx_quantized
@@ -52,9 +53,9 @@ def emit(lowering: Lowering, folder: Path) -> dict[str, Any]:
     first: EmitError | None = None
     for opset in OPSETS:
         try:
-            facts, layers = _convert(lowering, folder, opset)
+            facts, layers, sums = _convert(lowering, folder, opset)
             _try(lowering, folder)
-            return {"opset": opset, **facts, **_kernels(lowering.program, folder, layers)}
+            return {"opset": opset, **facts, **_kernels(lowering.program, folder, layers, sums)}
         except Exception as error:
             for path in folder.glob(f"{FILE}*"):
                 path.unlink()
@@ -65,15 +66,23 @@ def emit(lowering: Lowering, folder: Path) -> dict[str, Any]:
     raise first
 
 
-def _kernels(program: Program, folder: Path, layers: Sequence[str]) -> dict[str, Any]:
-    """For every quantized layer its site, its step, and the integer kernel that runs it, or None."""
-    sites = integer_sites(program)
-    if not sites:
+def _kernels(program: Program, folder: Path, layers: Sequence[str], sums: Sequence[str]) -> dict[str, Any]:
+    """For every quantized layer its site, its step, and the integer kernels that run it, or None.
+
+    The sums of all Tversky heads count as one: which belongs to which is not looked at.
+    """
+    nodes = [node for node in program.graph.nodes if INTEGERS in node.meta]
+    if not nodes:
         return {}
-    if len(sites) != len(layers):
-        raise EmitError(f"{len(sites)} quantized layers became {len(layers)} in ONNX", where=FILE)
-    ran = onnx_quantized.kernels(folder / FILE, layers)
-    return {"integer": [[site.path, site.step, kernel] for site, kernel in zip(sites, ran, strict=True)]}
+    count = sum(not is_head(node) for node in nodes)
+    if count != len(layers):
+        raise EmitError(f"{count} quantized layers became {len(layers)} in ONNX", where=FILE)
+    ran = onnx_quantized.kernels(folder / FILE, [*layers, *sums])
+    of_layers, of_heads = iter(ran[:count]), ran[count:]
+    known = sorted({kernel for kernel in of_heads if kernel is not None})
+    head = " and ".join(known) if known and None not in of_heads else None
+    sites = [(node.meta[INTEGERS], head if is_head(node) else next(of_layers)) for node in nodes]
+    return {"integer": [[site.path, site.step, kernel] for site, kernel in sites]}
 
 
 def load(folder: Path, interface: Interface) -> OnnxRunner:
@@ -84,8 +93,8 @@ def load(folder: Path, interface: Interface) -> OnnxRunner:
 # ---------------------------------------------------------------------------------------------- writing
 
 
-def _convert(lowering: Lowering, folder: Path, opset: int) -> tuple[dict[str, Any], list[str]]:
-    """Facts, and the names of the nodes that read a quantized weight."""
+def _convert(lowering: Lowering, folder: Path, opset: int) -> tuple[dict[str, Any], list[str], list[str]]:
+    """Facts, the names of the nodes that read a quantized weight, and of those that sum integers in Tversky heads."""
     import onnx
 
     program, exported = lowering.program, lowering.quantized
@@ -101,13 +110,14 @@ def _convert(lowering: Lowering, folder: Path, opset: int) -> tuple[dict[str, An
     _name_values(model.graph, [spec.name for spec in program.inputs], program.outputs)
     _name_dims(model.graph, program.inputs)
     _strip(model)
+    sums = onnx_quantized.integer_sums(model.graph) if any(map(is_head, program.graph.nodes)) else []
     layers = onnx_quantized.shape_for_runtime(model.graph)
     _add_defaults(model.graph, lowering.defaults)
     size = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None)
     external = size > EXTERNAL_BYTES
     converted.save(str(folder / FILE), external_data=external)
     onnx.checker.check_model(str(folder / FILE), full_check=True)
-    return {"external_data": external, "outputs": [value.name for value in model.graph.outputs]}, layers
+    return {"external_data": external, "outputs": [value.name for value in model.graph.outputs]}, layers, sums
 
 
 def _add_defaults(graph: Any, defaults: Mapping[str, Tensor]) -> None:

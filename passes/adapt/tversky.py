@@ -12,7 +12,7 @@ from torch.fx import Node
 from fxfreeze.errors import PlanError
 from fxfreeze.kernels.tversky import KERNEL
 from fxfreeze.nn.tversky import TverskyProjection
-from fxfreeze.plan import Tversky
+from fxfreeze.plan import Quantize, Tversky
 from fxfreeze.program import Origin, Program
 from fxfreeze.rewrite import Context, Pass, match_sites
 
@@ -67,9 +67,9 @@ def _keep_linear(sites: Sites) -> None:
 
 
 def _refuse_others(program: Program, ctx: Context, step: Tversky, path: str) -> None:
-    """Raises PlanError: another step adapts the layer that `step` removes."""
+    """Raises PlanError: another step adapts the layer that `step` removes. Quantizing is later, and meets the head."""
     for index, other in enumerate(ctx.plan.steps):
-        if other is not step and path in match_sites(program, other, index):
+        if other is not step and not isinstance(other, Quantize) and path in match_sites(program, other, index):
             raise PlanError(
                 f"steps {step.name!r} and {other.name!r} both address {path}, but {step.name!r} takes the layer away",
                 where=path, hint=f"leave {path} out of the patterns of {other.name!r}",

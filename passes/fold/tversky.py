@@ -19,6 +19,7 @@ from fxfreeze.kernels.tversky_frozen import suits_cpu
 from fxfreeze.program import Origin, Program
 from fxfreeze.rewrite import Context, NodeRewrite, NoMatch, Outcome, fail
 
+from .._heads import integer_step
 from .._operators import arguments
 from ._tversky import FrozenTerms, Prototypes, is_single, single_product, table_names
 
@@ -40,7 +41,8 @@ class FoldTversky(NodeRewrite):
     * else one product per sum (at most three) and a pointwise epilogue; minima per feature stay a reduction;
     * ``fxfreeze::tversky_frozen``, which makes all sums of one reading of b for up to eight rows at a time, and leaves
       out what a row has not: on a CPU for few rows, as far as the declared sizes tell, and for minima per feature; on a
-      GPU where nothing but the torch target, which launches its kernels, is asked for.
+      GPU where nothing but the torch target, which launches its kernels, is asked for; and wherever a step wants the
+      head on integers, which are made of b.
 
     Half precision is computed in float32, as the operator does: an indicator rounds to the wrong side too easily.
     """
@@ -58,6 +60,8 @@ class FoldTversky(NodeRewrite):
             return fail(f"{' and '.join(computed)} computed in the graph, not constant", node)
         how, dtype = _combination(node), working_dtype(given["x"].meta["val"])
         form = choose(program, node, how, ctx.plan.targets)
+        if integer_step(program, node, ctx.plan.steps):
+            form = _once(*_sizes(node))
         size = sum(map(math.prod, form.shapes.values())) * dtype.itemsize
         limit = _FREE + GROWTH * sum(program.state.tensor(str(given[name].target)).nbytes for name in names[:2])
         if size > limit:
@@ -93,9 +97,7 @@ class Form:
 
 def choose(program: Program, node: Node, how: Combination, targets: Sequence[str]) -> Form:
     """By device, number of rows and targets; see :class:`FoldTversky`."""
-    given = arguments(node)
-    x, features = given["x"].meta["val"], given["features"].meta["val"].shape[0]
-    prototypes = given["prototypes"].meta["val"].shape[0]
+    x, (features, prototypes) = arguments(node)["x"].meta["val"], _sizes(node)
     if x.device.type == "cpu":
         small = is_single(how) and features * prototypes < SMALL
         once = suits_cpu(how, math.prod(x.shape[:-1])) and not small
@@ -104,6 +106,12 @@ def choose(program: Program, node: Node, how: Combination, targets: Sequence[str
     if once:
         return _once(features, prototypes)
     return _single(how, features, prototypes) if is_single(how) else _sums(how, features, prototypes)
+
+
+def _sizes(node: Node) -> tuple[int, int]:
+    """How many features and prototypes."""
+    given = arguments(node)
+    return given["features"].meta["val"].shape[0], given["prototypes"].meta["val"].shape[0]
 
 
 def _once(features: int, prototypes: int) -> Form:

@@ -8,12 +8,15 @@ from dataclasses import dataclass
 from torch.fx import Node
 
 from fxfreeze.errors import PlanError
+from fxfreeze.kernels.tversky import KERNEL as TVERSKY
+from fxfreeze.kernels.tversky_frozen import KERNEL as FROZEN
 from fxfreeze.plan import Quantize
 from fxfreeze.program import Program
 from fxfreeze.rewrite import Context, check_excluded, match_sites
 
 from .._adapters import addresses, describe
-from .._operators import WeightOperator, constant_problem, weight_operator
+from .._heads import integer_step, is_static
+from .._operators import WeightOperator, arguments, constant_problem, weight_operator
 
 
 @dataclass(frozen=True)
@@ -25,17 +28,37 @@ class Site:
     operator: WeightOperator
 
 
+@dataclass(frozen=True)
+class Head:
+    """A Tversky similarity, and the step that wants it on integers."""
+
+    path: str
+    step: Quantize
+    node: Node
+
+
+def integer_heads(program: Program, ctx: Context, problem: Callable[[Head], str | None]) -> list[Head]:
+    """The Tversky heads that steps want on integers; of what `problem` refuses, a row in the ledger says why."""
+    wanted = {node: integer_step(program, node, ctx.plan.steps) for node in _similarities(program)}
+    heads = [Head(program.module_path(node), step, node) for node, step in wanted.items() if step is not None]
+    return [head for head in heads if not _refused(ctx, head, problem(head))]
+
+
 def quantized_sites(
     program: Program, ctx: Context, wanted: Callable[[Quantize], bool], problem: Callable[[Site], str | None]
 ) -> list[Site]:
     """The layers of every step that `wanted` takes; of what a step names and `problem` refuses, a row says why.
 
-    Of several steps that name one layer, the last quantizes it.
+    Of several steps that name one layer, the last quantizes it. The product x·Ωᵀ that a Tversky head on integers reads
+    is a part of the head, and no layer.
 
     Raises:
         PlanError: a step names no layer, or excludes a module that is not there.
     """
-    offered = dict(_layers(program))
+    heads = list(_similarities(program))
+    frozen = [head for head in heads if head.target is FROZEN.op and integer_step(program, head, ctx.plan.steps)]
+    projections = {arguments(head)["a"] for head in frozen}
+    offered = {node: path for node, path in _layers(program) if node not in projections}
     chosen: dict[Node, Site] = {}
     for index, step in enumerate(ctx.plan.steps):
         if not isinstance(step, Quantize):
@@ -49,6 +72,7 @@ def quantized_sites(
                 continue
             found = True
             chosen[node] = Site(path, step, operator)
+        found = found or (is_static(step) and any(map(paths.__contains__, map(program.module_path, heads))))
         if not found and wanted(step):
             raise PlanError(f"steps[{index}].at: {step.at!r} names no layer with a weight", where=step.name)
     return [site for site in chosen.values() if wanted(site.step) and _accepted(program, ctx, site, problem)]
@@ -56,12 +80,20 @@ def quantized_sites(
 
 def _accepted(program: Program, ctx: Context, site: Site, problem: Callable[[Site], str | None]) -> bool:
     computed = constant_problem(program, site.operator)
-    reason = computed.reason if computed else problem(site)
+    return not _refused(ctx, site, computed.reason if computed else problem(site))
+
+
+def _refused(ctx: Context, site: Site | Head, reason: str | None) -> bool:
     if reason is not None:
         ctx.ledger.add(
             site=site.path, step=site.step.name, requested=describe(site.step), outcome="refused", detail=reason
         )
-    return reason is None
+    return reason is not None
+
+
+def _similarities(program: Program) -> Iterator[Node]:
+    """Every Tversky similarity, to frozen prototypes or not."""
+    return (node for node in program.graph.nodes if node.target in (TVERSKY.op, FROZEN.op))
 
 
 def _layers(program: Program) -> Iterator[tuple[Node, str]]:
