@@ -1202,6 +1202,11 @@ class Quantize(_Excluding):
         description="First scale the channels of what layers read up or down, so that their ranges are alike, and the "
         "weights on both sides against it, which keeps the function; for 'int8'.",
     )
+    products: Flag = Field(
+        default=False,
+        description="Also quantize products of two computed values, such as those of attention, which is written out "
+        "for that; for 'int8' with mode='static'. The onnx target alone runs them in integers.",
+    )
     budget: Annotated[str | None, BeforeValidator(_budget)] = Field(
         default=None,
         description="What quantizing may cost: 'snr:20': the outputs keep a signal-to-noise ratio of 20 dB on the "
@@ -1224,6 +1229,7 @@ class Quantize(_Excluding):
             allow_simulated: bool = False,
             correct_bias: bool = True,
             equalize: bool = False,
+            products: bool = False,
             budget: str | None = None,
             *,
             name: str = "",
@@ -1251,10 +1257,10 @@ class Quantize(_Excluding):
             yield "granularity", f"{self.granularity!r} is too coarse for 4 bits; use 'group:32'"
         if self.calibrate != "minmax" and (self.scheme != "int8" or self.mode == "dynamic"):
             yield "calibrate", "has a meaning with scheme='int8' and mode='static' only"
-        for key in ("correct_bias", "equalize"):
+        for key in ("correct_bias", "equalize", "products"):
             changed = getattr(self, key) != type(self).model_fields[key].default
-            if changed and (self.scheme != "int8" or (self.mode == "dynamic" and key == "correct_bias")):
-                yield key, "has a meaning for scheme='int8'" + " and mode='static'" * (key == "correct_bias") + " only"
+            if changed and (self.scheme != "int8" or (self.mode == "dynamic" and key != "equalize")):
+                yield key, "has a meaning for scheme='int8'" + " and mode='static'" * (key != "equalize") + " only"
         if self.calibrate != "percentile" and self.percentile != type(self).model_fields["percentile"].default:
             yield "percentile", "has a meaning with calibrate='percentile' only"
         if not 50 < self.percentile <= 100:

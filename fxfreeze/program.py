@@ -95,10 +95,11 @@ class Origin:
 
 @dataclass(frozen=True)
 class IntegerSite:
-    """A quantized layer: its module path, and the plan step that asked for it."""
+    """A quantized layer: its module path, and the plan step that asked for it; or a product of two computed values."""
 
     path: str
     step: str
+    product: bool = False
 
 
 @dataclass(frozen=True)

@@ -49,6 +49,7 @@ from .prune.factorize import FactorizeLayers
 from .prune.unread_rows import UnreadRows
 from .quantize.dynamic import QuantizeDynamic
 from .quantize.equalize import Equalize
+from .quantize.products import QuantizeProducts
 from .quantize.static import QuantizeStatic
 from .quantize.tversky import QuantizeTversky
 from .quantize.weights import QuantizeWeights
@@ -95,6 +96,7 @@ PIPELINE: tuple[Pass, ...] = (
     # quantize: integers for what is left, once its channels are alike
     Equalize(),
     QuantizeStatic(),
+    QuantizeProducts(),
     QuantizeTversky(),
     QuantizeDynamic(),
     QuantizeWeights(),

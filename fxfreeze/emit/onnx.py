@@ -74,14 +74,18 @@ def _kernels(program: Program, folder: Path, layers: Sequence[str], sums: Sequen
     nodes = [node for node in program.graph.nodes if INTEGERS in node.meta]
     if not nodes:
         return {}
-    count = sum(not is_head(node) for node in nodes)
+    counted = [node for node in nodes if not is_head(node)]
+    if len(counted) > len(layers):  # the products are missing
+        counted = [node for node in counted if not node.meta[INTEGERS].product]
+    count = len(counted)
     if count != len(layers):
         raise EmitError(f"{count} quantized layers became {len(layers)} in ONNX", where=FILE)
     ran = onnx_quantized.kernels(folder / FILE, [*layers, *sums])
     of_layers, of_heads = iter(ran[:count]), ran[count:]
     known = sorted({kernel for kernel in of_heads if kernel is not None})
     head = " and ".join(known) if known and None not in of_heads else None
-    sites = [(node.meta[INTEGERS], head if is_head(node) else next(of_layers)) for node in nodes]
+    ran_by = {node: next(of_layers) for node in counted}
+    sites = [(node.meta[INTEGERS], head if is_head(node) else ran_by.get(node)) for node in nodes]
     return {"integer": [[site.path, site.step, kernel] for site, kernel in sites]}
 
 
@@ -111,7 +115,8 @@ def _convert(lowering: Lowering, folder: Path, opset: int) -> tuple[dict[str, An
     _name_dims(model.graph, program.inputs)
     _strip(model)
     sums = onnx_quantized.integer_sums(model.graph) if any(map(is_head, program.graph.nodes)) else []
-    layers = onnx_quantized.shape_for_runtime(model.graph)
+    asked = sum(node.meta[INTEGERS].product for node in program.graph.nodes if INTEGERS in node.meta)
+    layers = onnx_quantized.shape_for_runtime(model.graph, asked)
     _add_defaults(model.graph, lowering.defaults)
     size = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None)
     external = size > EXTERNAL_BYTES

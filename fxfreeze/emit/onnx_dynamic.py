@@ -7,12 +7,16 @@ from typing import Any
 PRODUCT = "MatMulInteger"
 
 
-def to_dynamic(graph: Any) -> None:
+def to_dynamic(graph: Any) -> set[str]:
     """Let products read what DynamicQuantizeLinear gives, where a QuantizeLinear has a scale that was computed.
 
     Such a scale is of the smallest and the largest value, and 0, as :mod:`fxfreeze.passes.quantize.dynamic` computes
     it, and as DynamicQuantizeLinear does. What nothing reads then is removed.
+
+    Returns:
+        Names of the products.
     """
+    names: set[str] = set()
     for node in list(graph.all_nodes()):
         if node.op_type != "QuantizeLinear" or node.inputs[1].const_value is not None:
             continue
@@ -28,8 +32,9 @@ def to_dynamic(graph: Any) -> None:
                 graph, node, "DynamicQuantizeLinear", [node.inputs[0]], f"{node.name}.dynamic", outputs=3
             )
             for reader, weight in products:
-                _multiply(graph, reader, weight, integers)
+                names.add(_multiply(graph, reader, weight, integers))
     _sweep(graph)
+    return names
 
 
 def _fits(reader: Any) -> bool:
@@ -46,8 +51,8 @@ def _fits(reader: Any) -> bool:
     return per_output and scale.dtype == onnx_ir.DataType.FLOAT and len(weight.inputs[0].const_value.shape) == 2
 
 
-def _multiply(graph: Any, reader: Any, weight: Any, integers: Any) -> None:
-    """(x's integers · W's integers) · (x's scale · W's scales) + bias instead of `reader`."""
+def _multiply(graph: Any, reader: Any, weight: Any, integers: Any) -> str:
+    """(x's integers · W's integers) · (x's scale · W's scales) + bias instead of `reader`; the product's name."""
     import onnx_ir
 
     values, step, zero = integers.outputs
@@ -62,6 +67,7 @@ def _multiply(graph: Any, reader: Any, weight: Any, integers: Any) -> None:
     new.name, new.shape, new.type = old.name, old.shape, old.type
     old.replace_all_uses_with(new, replace_graph_outputs=True)
     graph.remove(reader, safe=True)
+    return str(product.name)
 
 
 def _insert(

@@ -41,7 +41,7 @@ def translations() -> dict[Any, Callable[..., Any]]:
     return {QUANTIZE.op: quantize, DEQUANTIZE.op: dequantize}
 
 
-def shape_for_runtime(graph: Any) -> list[str]:
+def shape_for_runtime(graph: Any, products: int = 0) -> list[str]:
     """Put what the exporter wrote into the forms that ONNX Runtime has integer kernels for.
 
     * a product reads its weight as [in, out], transposed in the file and not while it runs;
@@ -55,13 +55,17 @@ def shape_for_runtime(graph: Any) -> list[str]:
     * conversions carry no notes, which took a tenth of the file of a ResNet-20: shapes follow from their inputs, and
       their module is that of the layer beside them.
 
+    Args:
+        products: how many products of two computed values a plan step asked for.
+
     Returns:
-        Names of the nodes that read a quantized weight, in the order of the graph.
+        Names of the nodes that read a quantized weight, in the order of the graph; and of those products, unless there
+        are others of two values that are read as integers, so that it is not known which are meant.
     """
     for node in list(graph.all_nodes()):
         if _is_weight(node):
             _transpose(graph, node)
-    to_dynamic(graph)
+    dynamic = to_dynamic(graph)
     for node in list(graph.all_nodes()):
         if _would_be_quantized(node):
             _read_by_channel(graph, node)
@@ -71,11 +75,14 @@ def shape_for_runtime(graph: Any) -> list[str]:
         elif _is_weight(node):
             _pack(graph, node)
     readers = {reader.name for node in graph.all_nodes() for reader in _readers(node)}
+    pairs = {node.name for node in graph.all_nodes() if _is_product(node)}
+    if len(pairs) == products:
+        readers |= pairs
     _drop_unread(graph)
     conversions = [node for node in graph.all_nodes() if node.op_type in ("QuantizeLinear", "DequantizeLinear")]
     for node in conversions:
         _hush(node)
-    return [node.name for node in graph.all_nodes() if node.name in readers or node.op_type == PRODUCT]
+    return [node.name for node in graph.all_nodes() if node.name in readers | dynamic]
 
 
 def integer_sums(graph: Any) -> list[str]:
@@ -131,6 +138,15 @@ def _is_weight(node: Any) -> bool:
         node.op_type == "DequantizeLinear"
         and node.inputs[0].const_value is not None
         and len(node.inputs[0].shape or ()) >= 2
+    )
+
+
+def _is_product(node: Any) -> bool:
+    """A product of two values that are both read as integers, and of which none is a weight."""
+    sources = [value.producer() for value in node.inputs] if node.op_type == "MatMul" else []
+    return bool(sources) and all(
+        source is not None and source.op_type == "DequantizeLinear" and source.inputs[0].const_value is None
+        for source in sources
     )
 
 
