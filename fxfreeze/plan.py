@@ -1183,6 +1183,11 @@ class Quantize(_Excluding):
         default=False,
         description="Emit targets that compute some quantized layers in floats, with the values of integers.",
     )
+    compensate: Flag = Field(
+        default=False,
+        description="Choose the integers of a linear layer's weights so that its results stay on the calibration data "
+        "(GPTQ), not those nearest to the weights; for schemes with weights only.",
+    )
 
     if TYPE_CHECKING:  # the runtime takes lists too; see record.py
 
@@ -1196,6 +1201,7 @@ class Quantize(_Excluding):
             percentile: float = 99.99,
             exclude: Patterns | None = None,
             allow_simulated: bool = False,
+            compensate: bool = False,
             *,
             name: str = "",
         ) -> None: ...
@@ -1218,6 +1224,8 @@ class Quantize(_Excluding):
             yield "calibrate", "has a meaning with scheme='int8' and mode='static' only"
         if self.calibrate != "percentile" and self.percentile != type(self).model_fields["percentile"].default:
             yield "percentile", "has a meaning with calibrate='percentile' only"
+        if self.compensate and not self.scheme.endswith("-weight"):
+            yield "compensate", f"is for weights only: use scheme='int8-weight' or 'int4-weight', not {self.scheme!r}"
         if not 50 < self.percentile <= 100:
             yield "percentile", f"must be > 50 and ≤ 100, got {self.percentile!r}"
 
