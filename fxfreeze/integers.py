@@ -12,7 +12,9 @@ import functools
 import importlib
 import re
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -51,18 +53,19 @@ def with_integers(program: Program) -> Program:
     return program
 
 
-def executed(program: Program, calls: int) -> dict[str, Any]:
+def executed(program: Program, calls: int, weights: Mapping[Node, str] = MappingProxyType({})) -> dict[str, Any]:
     """The fact ``integer``: for every quantized layer its site, its step, and what runs it, or None for floats.
 
     Args:
         calls: of integer kernels, in the code that was generated for `program`. It does not say for which layers: are
             there fewer than layers of constant scales, none of these counts as executed.
+        weights: layers of which the weight alone is read as integers, and what does that; see :mod:`fxfreeze.packed`.
     """
     layers = [node for node in program.graph.nodes if INTEGERS in node.meta]
     static = {node for node in layers if _reads_constant_grid(program, node)}
-    ran = static if calls == len(static) else set[Node]()
-    found = [(node.meta[INTEGERS], node in ran) for node in layers]
-    return {"integer": [[site.path, site.step, "oneDNN" if done else None] for site, done in found]}
+    ran = {**weights, **(dict.fromkeys(static, "oneDNN") if calls == len(static) else {})}
+    found = [(node.meta[INTEGERS], ran.get(node)) for node in layers]
+    return {"integer": [[site.path, site.step, kernel] for site, kernel in found]} if found else {}
 
 
 def _reads_constant_grid(program: Program, layer: Node) -> bool:
@@ -82,12 +85,12 @@ def count_lowered() -> int:
     return sum(found[name] for name in list(found) if re.match(r"q(conv|linear).*_lower_count$", name))
 
 
-def count_calls(package: Path) -> int:
-    """How many calls of oneDNN's integer kernels the C++ in an AOTInductor package makes."""
+def count_calls(package: Path, calls: re.Pattern[str] = _CALL) -> int:
+    """How many calls of oneDNN's integer kernels, or of others, the C++ in an AOTInductor package makes."""
     with zipfile.ZipFile(package) as archive:
         sources = [archive.read(name).decode(errors="replace") for name in archive.namelist() if name.endswith(".cpp")]
     # A declaration has a type in front; a call stands within the macro that checks its result.
-    return sum(len(_CALL.findall(source)) for source in sources)
+    return sum(len(calls.findall(source)) for source in sources)
 
 
 def _replacement(program: Program, node: Node) -> tuple[Any, tuple[Any, ...]]:

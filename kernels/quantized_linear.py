@@ -36,11 +36,11 @@ def pack(integers: Tensor) -> Tensor:
 
 
 def unpack(packed: Tensor) -> Tensor:
-    """What :func:`pack` was given."""
-    both = packed.unflatten(1, (-1, CHUNK // 2)).to(torch.int32)
+    """What :func:`pack` was given: int8 [..., in / 2] to int8 [..., in]."""
+    both = packed.unflatten(-1, (-1, CHUNK // 2)).to(torch.int32)
     high = torch.div(both, 16, rounding_mode="floor")
     low = both - 16 * high
-    return torch.stack((torch.where(low < 8, low, low - 16), high), 2).flatten(1).to(torch.int8)
+    return torch.stack((torch.where(low < 8, low, low - 16), high), -2).flatten(-3).to(torch.int8)
 
 
 def reference(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:

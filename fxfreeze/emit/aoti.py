@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import packed
 from ..errors import ArtifactError
 from ..exporting import quiet
 from ..integers import count_calls, executed, has_integers
@@ -52,7 +53,8 @@ def emit(lowering: Lowering, folder: Path) -> dict[str, Any]:
         path.unlink(missing_ok=True)
         raise emit_error("AOTInductor cannot compile the program", error) from error
     facts: dict[str, Any] = {"freezing": configs["freezing"]}  # the compiler adds settings of its own to configs
-    return facts | (executed(lowering.program, count_calls(path)) if has_integers(lowering.program) else {})
+    calls = count_calls(path) if has_integers(lowering.program) else 0
+    return facts | executed(lowering.program, calls, packed.executed(lowering.program, count_calls(path, packed.CALL)))
 
 
 def load(folder: Path, interface: Interface) -> Runner:
