@@ -128,3 +128,57 @@ def test_the_last_layer_runs_on_integers_with_its_bias() -> None:
     data = [torch.randn(32, 64, generator=torch.Generator().manual_seed(seed)) for seed in range(2)]
     artifact = compiled(fz.Quantize(), Wide(), (64,), calibration=data)
     assert set(executes(artifact).values()) == {"integer-executed by QGemm in onnx"}
+
+
+class Tied(nn.Module):
+    """A table that is an embedding and a head, and a layer between."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.fc, self.norm = nn.Embedding(200, 64), nn.Linear(64, 64), nn.LayerNorm(64)
+        self.head = nn.Linear(64, 200, bias=False)
+        self.head.weight = self.table.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(self.norm(self.fc(self.table(ids))))
+
+
+def tied(scheme: str, granularity: str, **given: Any) -> tuple[nn.Module, Any]:
+    torch.manual_seed(0)
+    net = Tied().eval()
+    ids = fz.Input("ids", ("batch", 5), dtype="int64", low=0, high=199)
+    step = fz.Quantize(scheme=scheme, granularity=granularity, **given)
+    return net, fz.compile(net, fz.Plan([ids], [step], ["onnx"]))
+
+
+@pytest.mark.parametrize(
+    ("scheme", "granularity", "lookup"),
+    [
+        ("int8-weight", "tensor", "Gather"), ("int8-weight", "channel", "Gather"),
+        ("int8-weight", "group:16", "Gather"),
+        ("int4-weight", "group:16", "GatherBlockQuantized"), ("int4-weight", "group:32", "GatherBlockQuantized"),
+    ],
+)  # fmt: skip
+def test_a_tied_table_is_stored_once_and_read_as_integers_twice(scheme: str, granularity: str, lookup: str) -> None:
+    net, artifact = tied(scheme, granularity)
+    assert executes(artifact) == {
+        "table": f"integer-executed by {lookup} in onnx",
+        **dict.fromkeys(("fc", "head"), "integer-executed by MatMulNBits in onnx"),
+    }
+    kind = onnx.TensorProto.INT4 if scheme == "int4-weight" else onnx.TensorProto.INT8
+    large = [item for item in model_of(artifact).graph.initializer if numpy.prod(item.dims) >= 64 * 64]
+    assert sorted((tuple(item.dims), item.data_type) for item in large) == [((64, 64), kind), ((200, 64), kind)]
+    ids = torch.randint(0, 200, (3, 5), generator=torch.Generator().manual_seed(0))
+    limit = 0.2 if scheme == "int4-weight" else 0.02
+    assert float((artifact(ids) - net(ids)).norm() / net(ids).norm()) < limit
+
+
+def test_a_group_that_no_lookup_of_four_bits_takes_is_looked_up_in_eight() -> None:
+    assert executes(tied("int4-weight", "group:8", exclude=["fc", "head"])[1]) == {
+        "table": "integer-executed by Gather in onnx"
+    }
+
+
+def test_zero_points_of_blocks_that_are_0_are_not_stored() -> None:
+    stored = model_of(tied("int4-weight", "group:32")[1]).graph.initializer
+    assert not [item.name for item in stored if "zero" in item.name]
