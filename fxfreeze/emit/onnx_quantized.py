@@ -199,7 +199,7 @@ def _replace(graph: Any, old: Any, new: Sequence[Any]) -> None:
 
     new[0].name = old.name
     for position, node in enumerate(new[1:], 1):
-        node.name = f"{old.name}_{position}"
+        node.name = f"{old.name}.{position}"
     for key, value in old.metadata_props.items():
         new[0].metadata_props[key] = value
     _describe(new[-1], old.outputs[0].name, old.outputs[0])

@@ -131,16 +131,17 @@ def test_the_last_layer_runs_on_integers_with_its_bias() -> None:
 
 
 class Tied(nn.Module):
-    """A table that is an embedding and a head, and a layer between."""
+    """A table that is an embedding and a head, another one, and a layer between."""
 
     def __init__(self) -> None:
         super().__init__()
         self.table, self.fc, self.norm = nn.Embedding(200, 64), nn.Linear(64, 64), nn.LayerNorm(64)
+        self.place = nn.Embedding(5, 64)
         self.head = nn.Linear(64, 200, bias=False)
         self.head.weight = self.table.weight
 
     def forward(self, ids: Tensor) -> Tensor:
-        return self.head(self.norm(self.fc(self.table(ids))))
+        return self.head(self.norm(self.fc(self.table(ids)) + self.place(ids % 5)))
 
 
 def tied(scheme: str, granularity: str, **given: Any) -> tuple[nn.Module, Any]:
@@ -162,7 +163,7 @@ def tied(scheme: str, granularity: str, **given: Any) -> tuple[nn.Module, Any]:
 def test_a_tied_table_is_stored_once_and_read_as_integers_twice(scheme: str, granularity: str, lookup: str) -> None:
     net, artifact = tied(scheme, granularity)
     assert executes(artifact) == {
-        "table": f"integer-executed by {lookup} in onnx",
+        **dict.fromkeys(("table", "place"), f"integer-executed by {lookup} in onnx"),
         **dict.fromkeys(("fc", "head"), "integer-executed by MatMulNBits in onnx"),
     }
     kind = onnx.TensorProto.INT4 if scheme == "int4-weight" else onnx.TensorProto.INT8
@@ -174,7 +175,7 @@ def test_a_tied_table_is_stored_once_and_read_as_integers_twice(scheme: str, gra
 
 
 def test_a_group_that_no_lookup_of_four_bits_takes_is_looked_up_in_eight() -> None:
-    assert executes(tied("int4-weight", "group:8", exclude=["fc", "head"])[1]) == {
+    assert executes(tied("int4-weight", "group:8", exclude=["fc", "head", "place"])[1]) == {
         "table": "integer-executed by Gather in onnx"
     }
 

@@ -60,7 +60,9 @@ def test_it_is_the_textbook_s(bits: int, block: int, lazy: int, turned: bool, mo
     monkeypatch.setattr(_gptq, "LAZY", lazy)
     w, h = weight(), hessian(rows())
     layout = Layout((0 if block else 1) if turned else (1 if block else 0), block, True)
-    found = compensated(w.T if turned else w, layout, bits, torch.float32, h).floats()
+    given = w.clone()
+    found = compensated(given.T if turned else given, layout, bits, torch.float32, h).floats()
+    assert torch.equal(given, w)
     want = textbook(w, h, bits, block)
     torch.testing.assert_close(found.T if turned else found, want, rtol=0, atol=1e-9)
 
