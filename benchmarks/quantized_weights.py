@@ -27,7 +27,7 @@ LIMIT = 0.17
 MEMORY_LIMIT = 1.1
 SAMPLES = (64, 4096)
 HERE = "benchmarks.quantized_weights"
-FILE_SIZE = Metric("file size", "B", rounds=1, quick_rounds=1, timed=False)
+FILE_SIZE = Metric("file size", "B", rounds=7, quick_rounds=1, timed=False)
 PERPLEXITY = Metric("perplexity", "", rounds=1, quick_rounds=1, timed=False)
 SIZE = small.Size(steps=600)
 QUICK = small.Size(vocabulary=300, width=64, layers=1, heads=2, context=32, features=0, batch=4, steps=4, held_out=8)

@@ -11,8 +11,10 @@ from torch import Tensor, nn
 
 import fxfreeze as fz
 from fxfreeze.api import rewrite
+from fxfreeze.capture import capture
 from fxfreeze.emit import aoti
 from fxfreeze.errors import EmitError
+from fxfreeze.kernels.dequantize import KERNEL as DEQUANTIZE
 from fxfreeze.kernels.quantized_linear import KERNEL
 from fxfreeze.lower import Lowering
 from fxfreeze.packed import executed, has_packed, with_packed
@@ -122,6 +124,25 @@ def test_what_is_no_weight_alone_is_left() -> None:
     given = fz.Plan([fz.Input("x", ("batch", WIDTH))], [fz.Quantize()], ())
     program = rewrite(Both().eval(), given).program
     assert not executed(program) and with_packed(program).structural_hash() == program.structural_hash()
+
+
+@pytest.mark.parametrize(("dtype", "zero"), [(torch.float64, 0), (torch.float32, 3)])
+def test_other_scales_and_zero_points_stay_as_they_are(dtype: torch.dtype, zero: int) -> None:
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("values", torch.randint(-9, 9, (WIDTH, WIDTH), dtype=torch.int8))
+            self.register_buffer("scale", torch.rand(WIDTH, dtype=dtype) + 0.1)
+            self.register_buffer("zero", torch.full((WIDTH,), zero, dtype=torch.int8))
+
+        def forward(self, x: Tensor) -> Tensor:
+            weight = DEQUANTIZE.op(self.values, self.scale, self.zero, 0, 0, torch.float32)
+            return nn.functional.linear(x, weight)
+
+    program = capture(Odd().eval(), fz.Plan([fz.Input("x", ("batch", WIDTH))], targets=[]))[0]
+    x = torch.randn(3, WIDTH)
+    assert has_packed(program) and not executed(program)
+    assert torch.equal(with_packed(program).run(x)[0], program.run(x)[0])
 
 
 def test_fewer_calls_than_layers_are_no_proof() -> None:
