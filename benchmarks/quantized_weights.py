@@ -35,29 +35,32 @@ QUICK = small.Size(vocabulary=300, width=64, layers=1, heads=2, context=32, feat
 
 @dataclass(frozen=True)
 class Form:
-    """How weights are stored: a scheme of Quantize, or floats."""
+    """How weights are stored: a scheme of Quantize, or floats; and whether those of the tables are, too."""
 
     scheme: str | None
     granularity: str = "channel"
     compensate: bool = False
+    tables: bool = True
 
     def __str__(self) -> str:
         if self.scheme is None:
             return "float32"
-        return f"{self.scheme}, {self.granularity}{', compensated' * self.compensate}"
+        words = [self.scheme, self.granularity, *["compensated"] * self.compensate, *["no tables"] * (not self.tables)]
+        return ", ".join(words)
 
     def steps(self) -> list[Any]:
         import fxfreeze as fz
 
         if self.scheme is None:
             return []
-        return [fz.Quantize(scheme=self.scheme, granularity=self.granularity, compensate=self.compensate)]
+        left = None if self.tables else ["*.wte", "*.wpe", "*.lm_head"]
+        return [fz.Quantize(scheme=self.scheme, granularity=self.granularity, compensate=self.compensate, exclude=left)]
 
 
 FLOAT, BYTES, HALVES = Form(None), Form("int8-weight"), Form("int4-weight", "group:32")
-WIDE = Form("int4-weight", "group:128")
 COMPENSATED = Form("int4-weight", "group:32", compensate=True)
-WIDE_COMPENSATED = Form("int4-weight", "group:128", compensate=True)
+LAYERS = Form("int4-weight", "group:128", tables=False)
+LAYERS_COMPENSATED = Form("int4-weight", "group:128", compensate=True, tables=False)
 
 
 def cases(options: Options) -> Iterator[Case]:
@@ -142,12 +145,12 @@ def perplexity_case(options: Options) -> Case:
 
     return Case(
         name=f"GPT-2, {size.layers} layers, {size.width} wide, standard library",
-        peers=tuple(map(peer, (FLOAT, BYTES, HALVES, COMPENSATED, WIDE, WIDE_COMPENSATED))),
+        peers=tuple(map(peer, (FLOAT, BYTES, HALVES, COMPENSATED, LAYERS, LAYERS_COMPENSATED))),
         baseline=str(FLOAT), reference=lambda: None, metric=PERPLEXITY,
     )  # fmt: skip
 
 
-def windows(tokens: Tensor, size: small.Size, count: int = 128) -> list[Tensor]:
+def windows(tokens: Tensor, size: small.Size, count: int = 512) -> list[Tensor]:
     """`count` windows from all over the text, in batches."""
     found = tokens.unfold(0, size.context, size.context)
     return list(found[:: max(len(found) // count, 1)][:count].split(size.batch))

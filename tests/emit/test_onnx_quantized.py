@@ -183,3 +183,14 @@ def test_a_group_that_no_lookup_of_four_bits_takes_is_looked_up_in_eight() -> No
 def test_zero_points_of_blocks_that_are_0_are_not_stored() -> None:
     stored = model_of(tied("int4-weight", "group:32")[1]).graph.initializer
     assert not [item.name for item in stored if "zero" in item.name]
+
+
+def test_a_lookup_of_floats_is_none_of_integers(tmp_path: Path) -> None:
+    table = onnx.numpy_helper.from_array(numpy.ones((4, 8), "float32"), "table")
+    ids = onnx.helper.make_tensor_value_info("ids", onnx.TensorProto.INT64, [3])
+    rows = onnx.helper.make_tensor_value_info("rows", onnx.TensorProto.FLOAT, [3, 8])
+    node = onnx.helper.make_node("Gather", ["table", "ids"], ["rows"], name="lookup")
+    graph = onnx.helper.make_graph([node], "graph", [ids], [rows], [table])
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 21)], ir_version=10)
+    onnx.save(model, tmp_path / "model.onnx")
+    assert onnx_quantized.kernels(tmp_path / "model.onnx", ["lookup"]) == [None]
