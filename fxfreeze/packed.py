@@ -26,7 +26,7 @@ from .program import Program
 
 aten = torch.ops.aten
 
-_PRODUCTS = {
+_PRODUCTS: dict[Any, tuple[int, int, int | None]] = {
     aten.linear.default: (0, 1, 2),
     aten.addmm.default: (1, 2, 0),
     aten.mm.default: (0, 1, None),

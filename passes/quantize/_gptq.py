@@ -47,9 +47,9 @@ class Hessian:
 
     def error(self, now: Tensor, then: Tensor) -> Tally:
         """What weights `now` instead of `then`, float64 [out, in], change in the layer's results."""
-        gap = now - then
-        gap, size = (max(float((part @ self.total * part).sum()) / 2, 0.0) for part in (gap, then))
-        return Tally(gap, size)
+        # Rounding may take a sum that is 0 below it.
+        squares = [max(float((part @ self.total * part).sum()) / 2, 0.0) for part in (now - then, then)]
+        return Tally(gap=squares[0], size=squares[1])
 
 
 def is_compensated(operator: WeightOperator) -> bool:
