@@ -47,6 +47,7 @@ from .errors import ArtifactError, EmitError, FxfreezeError, PlanError
 from .firing import fired, gate_rows
 from .locks import alone
 from .lower import Lowering
+from .packed import READERS
 from .plan import Gate, LoRA, Plan, Quantize
 from .program import Program, integer_sites
 from .sensitivity import SiteSensitivity, ranked
@@ -537,9 +538,10 @@ def _executed(program: Program, plan: Plan, facts: dict[str, Any]) -> list[dict[
         silent = [[site.path, site.step, None] for site in integer_sites(program)]
         for path, name, kernel in told.pop("integer", silent):
             executes = f"integer-executed by {kernel} in {target}" if kernel else f"simulated in {target}"
+            detail = "its weight is read as integers, sums are in floats" if kernel in READERS else ""
             rows.append({
                 "site": path, "step": name, "requested": steps[name].scheme, "outcome": "measured", "pass_name": "",
-                "executes": executes, "detail": "",
+                "executes": executes, "detail": detail,
             })  # fmt: skip
             if not kernel and not steps[name].allow_simulated:
                 refused.append(f"  {path}: {steps[name].scheme} by {name!r} in {target!r}")

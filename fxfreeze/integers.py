@@ -14,7 +14,9 @@ import functools
 import importlib
 import re
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -32,7 +34,7 @@ _REGISTER = "_register_quantization_weight_pack_pass"
 OPERATORS = (QUANTIZE.op, DEQUANTIZE.op)
 _CLONE = torch.ops.aten.clone.default
 _CALL = re.compile(r"aoti_torch_cpu__(qconv|qlinear)\w*\(")
-_HEAD_CALL = re.compile(rf"AOTI_TORCH_ERROR_CODE_CHECK\(aoti_torch_cpu_{HEAD.name}_native\(")
+HEAD_CALL = re.compile(rf"AOTI_TORCH_ERROR_CODE_CHECK\(aoti_torch_cpu_{HEAD.name}_native\(")
 
 
 def has_integers(program: Program) -> bool:
@@ -62,22 +64,26 @@ def with_integers(program: Program) -> Program:
     return program
 
 
-def executed(program: Program, calls: int, heads: int | None = None) -> dict[str, Any]:
+def executed(
+    program: Program, calls: int, weights: Mapping[Node, str] = MappingProxyType({}), heads: int | None = None
+) -> dict[str, Any]:
     """The fact ``integer``: for every quantized layer its site, its step, and what runs it, or None for floats.
 
     Args:
         calls: of integer kernels, in the code that was generated for `program`. It does not say for which layers: are
             there fewer than layers of constant scales, none of these counts as executed.
+        weights: layers of which the weight alone is read as integers, and what does that; see :mod:`fxfreeze.packed`.
         heads: the same of Tversky heads' kernel; None: the operator is called as it stands in the graph.
     """
     layers = [node for node in program.graph.nodes if INTEGERS in node.meta]
     # Of a product of two computed values Inductor makes no integer kernel.
     static = {node for node in layers if not node.meta[INTEGERS].product and _reads_constant_grid(program, node)}
     similarities = set(filter(is_head, layers))
-    ran = dict.fromkeys(static, "oneDNN") if calls == len(static) else {}
+    ran = {**weights, **(dict.fromkeys(static, "oneDNN") if calls == len(static) else {})}
     if heads is None or heads == len(similarities):
         ran |= dict.fromkeys(similarities, HEAD.name)
-    return {"integer": [[node.meta[INTEGERS].path, node.meta[INTEGERS].step, ran.get(node)] for node in layers]}
+    found = [(node.meta[INTEGERS], ran.get(node)) for node in layers]
+    return {"integer": [[site.path, site.step, kernel] for site, kernel in found]} if found else {}
 
 
 def is_head(node: Node) -> bool:
@@ -107,13 +113,12 @@ def count_lowered() -> int:
     return sum(found[name] for name in list(found) if re.match(r"q(conv|linear).*_lower_count$", name))
 
 
-def count_calls(package: Path) -> tuple[int, int]:
-    """How many calls the C++ in an AOTInductor package makes: of oneDNN's integer kernels, and of Tversky heads'."""
+def count_calls(package: Path, calls: re.Pattern[str] = _CALL) -> int:
+    """How many calls of oneDNN's integer kernels, or of others, the C++ in an AOTInductor package makes."""
     with zipfile.ZipFile(package) as archive:
         sources = [archive.read(name).decode(errors="replace") for name in archive.namelist() if name.endswith(".cpp")]
     # A declaration has a type in front; a call stands within the macro that checks its result.
-    calls, heads = (sum(len(pattern.findall(source)) for source in sources) for pattern in (_CALL, _HEAD_CALL))
-    return calls, heads
+    return sum(len(calls.findall(source)) for source in sources)
 
 
 def _replacement(program: Program, node: Node) -> tuple[Any, tuple[Any, ...]]:

@@ -22,6 +22,7 @@ from torch.fx import GraphModule, Node
 from .errors import EmitError
 from .exporting import dynamic_shapes, quiet, summary
 from .integers import OPERATORS, has_integers, with_integers
+from .packed import has_packed, with_packed
 from .program import Program, is_effectful
 from .sampling import sample_inputs, tracing_sizes
 
@@ -49,14 +50,15 @@ class Lowering:
 
     @cached_property
     def native(self) -> ExportedProgram:
-        """As `exported`, with the C++ form of operators of ours where it supports the arguments, and torch's own where
-        they quantize; for AOTInductor."""
+        """As `exported`, with the C++ form of operators of ours where it supports the arguments, torch's own where they
+        quantize, and weights that are read as integers; for AOTInductor."""
         table, quantized = natives(), has_integers(self.program)
-        if not quantized and not any(node.target in table for node in self.program.graph.nodes):
+        program = with_packed(self.program) if has_packed(self.program) else self.program
+        if not quantized and program is self.program and not any(node.target in table for node in program.graph.nodes):
             return self.exported
-        program = with_integers(self.program) if quantized else self.program
+        program = with_integers(program) if quantized else program
         exported = export(program, table=references() | table, examples=self.examples)
-        return exported if quantized or shims(exported) else self.exported
+        return exported if quantized or program is not self.program or shims(exported) else self.exported
 
     @cached_property
     def quantized(self) -> ExportedProgram:

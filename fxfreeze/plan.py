@@ -1214,6 +1214,11 @@ class Quantize(_Excluding):
         "that cost most for what they save then stay in floats, or in 8 bits instead of 4.",
         json_schema_extra={"pattern": rf"^(snr|drop):{_DECIMAL}$"},
     )
+    compensate: Flag = Field(
+        default=False,
+        description="Choose the integers of a linear layer's weights so that its results stay on the calibration data "
+        "(GPTQ), not those nearest to the weights; for schemes with weights only.",
+    )
 
     if TYPE_CHECKING:  # the runtime takes lists too; see record.py
 
@@ -1231,6 +1236,7 @@ class Quantize(_Excluding):
             equalize: bool = False,
             products: bool = False,
             budget: str | None = None,
+            compensate: bool = False,
             *,
             name: str = "",
         ) -> None: ...
@@ -1263,6 +1269,8 @@ class Quantize(_Excluding):
                 yield key, "has a meaning for scheme='int8'" + " and mode='static'" * (key != "equalize") + " only"
         if self.calibrate != "percentile" and self.percentile != type(self).model_fields["percentile"].default:
             yield "percentile", "has a meaning with calibrate='percentile' only"
+        if self.compensate and not self.scheme.endswith("-weight"):
+            yield "compensate", f"is for weights only: use scheme='int8-weight' or 'int4-weight', not {self.scheme!r}"
         if not 50 < self.percentile <= 100:
             yield "percentile", f"must be > 50 and ≤ 100, got {self.percentile!r}"
 

@@ -1,12 +1,17 @@
 // fxfreeze::quantized_linear on a CPU: x [rows, in] in float32 times a weight of 8 or 4 bits with scales.
 //
-// Integers become floats in registers, 32 at a time, and meet up to ROWS rows of x there. A group's sum is scaled once.
-// Every sum is added up in the same order, whatever the number of rows or threads.
+// For few rows integers become floats in registers, 32 at a time, and meet up to ROWS rows of x there. A group's sum is
+// scaled once. Every sum is added up in the same order, whatever the number of rows or threads.
+//
+// For MANY rows or more, a tile of the weight becomes floats in memory, scaled, and turned so that neighbours are
+// outputs. It is made once for all rows, and a sum stays in one lane of a vector. The order of a sum is another one, but
+// it does not hang on the number of rows or threads either.
 //
 // AOTInductor compiles this text at -O1, and without contraction, as a part of its own.
 
 #include <algorithm>
 #include <cstdint>
+#include <vector>
 #ifdef _OPENMP
 #include <omp.h>
 #endif
@@ -95,14 +100,129 @@ void outputs(const Operands& all, int64_t output, int64_t rows) {
   for (; row < rows; ++row) strip<BITS, COUNT, 1>(all, output, row);
 }
 
+// ---- many rows
+
+constexpr int64_t MANY = 9, DEPTH = 256;
+constexpr int WIDTH = 2;
+#ifdef __AVX512F__
+constexpr int HIGH = 12, LOW = 4;
+#else
+constexpr int HIGH = 3, LOW = 1;
+#endif
+constexpr int64_t TILE = WIDTH * LANES;
+
+// Of 16 vectors: element j of the i-th becomes element i of the j-th.
+inline void turn(Bytes* rows) {
+  Bytes other[LANES];
+#pragma GCC unroll 4
+  for (int stage = 0; stage < 4; ++stage) {
+    Bytes *from = stage % 2 ? other : rows, *to = stage % 2 ? rows : other;
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; ++i) {
+#ifdef __clang__
+      to[2 * i] = __builtin_shufflevector(from[i], from[i + 8], 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+      to[2 * i + 1] =
+          __builtin_shufflevector(from[i], from[i + 8], 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+#else
+      typedef int8_t Order __attribute__((vector_size(LANES)));
+      const Order low = {0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23};
+      to[2 * i] = __builtin_shuffle(from[i], from[i + 8], low);
+      to[2 * i + 1] = __builtin_shuffle(from[i], from[i + 8], low + 8);
+#endif
+    }
+  }
+}
+
+// Inputs from `start` to `end` of the TILE outputs from `output` on, as floats [input][output]. Outputs that are not
+// there are those of the last one again.
+template <int BITS>
+void unpack(const Operands& all, int64_t output, int64_t start, int64_t end, float* tile) {
+  const int64_t block = all.inputs / all.groups, stride = all.inputs * BITS / 8;
+  for (int part = 0; part < WIDTH; ++part)
+    for (int64_t i = start; i < end; i += CHUNK) {
+      Floats scale;
+      int64_t index[LANES];
+      for (int o = 0; o < LANES; ++o) {
+        index[o] = std::min(output + part * LANES + o, all.outputs - 1);
+        scale[o] = all.scale[index[o] * all.groups + i / block];
+      }
+      float* out = tile + (i - start) * TILE + part * LANES;
+      for (int half = 0; half < (BITS == 8 ? 2 : 1); ++half) {
+        Bytes bytes[LANES];
+        for (int o = 0; o < LANES; ++o)
+          bytes[o] = *reinterpret_cast<const Bytes*>(all.weight + index[o] * stride + i * BITS / 8 + half * LANES);
+        turn(bytes);
+        for (int j = 0; j < LANES; ++j) {
+          Ints ints;
+          widen(reinterpret_cast<const int8_t*>(&bytes[j]), ints);
+          const Ints low = BITS == 8 ? ints : (ints << 28) >> 28;
+          *reinterpret_cast<Floats*>(out + (half * LANES + j) * TILE) = __builtin_convertvector(low, Floats) * scale;
+          if (BITS == 4)
+            *reinterpret_cast<Floats*>(out + (LANES + j) * TILE) = __builtin_convertvector(ints >> 4, Floats) * scale;
+        }
+      }
+    }
+}
+
+// Adds `depth` inputs of a tile to `N` rows of `sums` [row][TILE], `across` floats apart.
+template <int N>
+void tiled(const float* x, int64_t inputs, const float* tile, int64_t depth, float* sums, int64_t across) {
+  Floats total[N][WIDTH];
+#pragma GCC unroll 12
+  for (int r = 0; r < N; ++r)
+#pragma GCC unroll 2
+    for (int v = 0; v < WIDTH; ++v) total[r][v] = *reinterpret_cast<const Floats*>(sums + r * across + v * LANES);
+  for (int64_t i = 0; i < depth; ++i) {
+    Floats weight[WIDTH];
+#pragma GCC unroll 2
+    for (int v = 0; v < WIDTH; ++v) weight[v] = *reinterpret_cast<const Floats*>(tile + i * TILE + v * LANES);
+#pragma GCC unroll 12
+    for (int r = 0; r < N; ++r)
+#pragma GCC unroll 2
+      for (int v = 0; v < WIDTH; ++v) total[r][v] += weight[v] * x[r * inputs + i];
+  }
+#pragma GCC unroll 12
+  for (int r = 0; r < N; ++r)
+#pragma GCC unroll 2
+    for (int v = 0; v < WIDTH; ++v) *reinterpret_cast<Floats*>(sums + r * across + v * LANES) = total[r][v];
+}
+
+template <int BITS>
+void many(const Operands& all, int64_t output, int64_t rows, float* tile, float* spare) {
+  const int64_t count = std::min(TILE, all.outputs - output);
+  // The last outputs are no whole tile: their sums lie elsewhere until they are done.
+  float* sums = count == TILE ? all.out + output : spare;
+  const int64_t across = count == TILE ? all.outputs : TILE;
+  for (int64_t row = 0; row < rows; ++row)
+    for (int64_t o = 0; o < count; ++o) sums[row * across + o] = all.bias[output + o];
+  for (int64_t start = 0; start < all.inputs; start += DEPTH) {
+    const int64_t end = std::min(start + DEPTH, all.inputs);
+    unpack<BITS>(all, output, start, end, tile);
+    int64_t row = 0;
+    for (; row + HIGH <= rows; row += HIGH)
+      tiled<HIGH>(all.x + row * all.inputs + start, all.inputs, tile, end - start, sums + row * across, across);
+    for (; row + LOW <= rows; row += LOW)
+      tiled<LOW>(all.x + row * all.inputs + start, all.inputs, tile, end - start, sums + row * across, across);
+    for (; row < rows; ++row)
+      tiled<1>(all.x + row * all.inputs + start, all.inputs, tile, end - start, sums + row * across, across);
+  }
+  if (count < TILE)
+    for (int64_t row = 0; row < rows; ++row)
+      for (int64_t o = 0; o < count; ++o) all.out[row * all.outputs + output + o] = spare[row * TILE + o];
+}
+
 template <int BITS>
 void run(const Operands& all, int64_t rows, int64_t threads) {
-  const int64_t items = (all.outputs + OUTS - 1) / OUTS;
+  const int64_t size = rows < MANY ? OUTS : TILE, items = (all.outputs + size - 1) / size;
+  std::vector<float> spare(rows >= MANY && all.outputs % TILE ? rows * TILE : 0);
   threads = std::max<int64_t>(1, std::min(threads, rows * all.inputs * all.outputs / WORTH));
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t item = 0; item < items; ++item) {
-    const int64_t first = item * OUTS;
-    if (first + OUTS <= all.outputs) {
+    const int64_t first = item * size;
+    if (rows >= MANY) {
+      alignas(64) float tile[DEPTH * TILE];
+      many<BITS>(all, first, rows, tile, spare.data());
+    } else if (first + OUTS <= all.outputs) {
       outputs<BITS, OUTS>(all, first, rows);
     } else {
       for (int64_t output = first; output < all.outputs; ++output) outputs<BITS, 1>(all, output, rows);

@@ -68,14 +68,15 @@ TABLE: dict[str, str] = {
     "proof": "constants program sampling",
     "pipeline": "constants dataflow passes plan program proof rewrite sampling",
     "integers": "exporting kernels program",
-    "lower": "exporting integers kernels program sampling",
-    "emit": "binding exporting integers kernels lower program sampling serialize",
+    "packed": "inline kernels program",
+    "lower": "exporting integers kernels packed program sampling",
+    "emit": "binding exporting integers kernels lower packed program sampling serialize",
     "margin": "constants kernels lower program proof",
     "banks": "plan program serialize",
     "parity": "binding constants emit margin plan program proof report sampling",
     "firing": "kernels program",
     "locks": "",
-    "artifact": "banks binding emit firing locks lower parity plan program report sampling "
+    "artifact": "banks binding emit firing locks lower packed parity plan program report sampling "
     "sensitivity serialize weights _version",
     "adapt": "binding calibration capture margin passes pipeline plan program proof rewrite weights",
     "merging": "pass rewrite",

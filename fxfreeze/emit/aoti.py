@@ -21,9 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import packed
 from ..errors import ArtifactError
 from ..exporting import quiet
-from ..integers import count_calls, executed, has_integers
+from ..integers import HEAD_CALL, count_calls, executed
 from ..lower import Lowering, emit_error, shims
 from ..program import on_cpu
 from ..serialize import Interface
@@ -52,7 +53,9 @@ def emit(lowering: Lowering, folder: Path) -> dict[str, Any]:
         path.unlink(missing_ok=True)
         raise emit_error("AOTInductor cannot compile the program", error) from error
     facts: dict[str, Any] = {"freezing": configs["freezing"]}  # the compiler adds settings of its own to configs
-    return facts | (executed(lowering.program, *count_calls(path)) if has_integers(lowering.program) else {})
+    calls, heads = count_calls(path), count_calls(path, HEAD_CALL)
+    unpacked = packed.executed(lowering.program, count_calls(path, packed.CALL))
+    return facts | executed(lowering.program, calls, unpacked, heads)
 
 
 def load(folder: Path, interface: Interface) -> Runner:

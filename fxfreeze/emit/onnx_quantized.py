@@ -2,17 +2,19 @@
 
 Where dequantize → layer → quantize stand together, ONNX Runtime's optimiser puts one integer kernel in their place, or
 does not. Which of the two is read from the graph that it runs.
+
+Of dequantize → Gather it (1.32) makes nothing: the whole table would become floats in every call. Standard operators
+cannot look up integers of 4 bits. So embeddings are ``GatherBlockQuantized`` of ONNX Runtime's own domain, or, with 8
+bits, a Gather of integers and one of scales, which are multiplied.
 """
 
 from __future__ import annotations
 
 import re
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from ..kernels.dequantize import KERNEL as DEQUANTIZE
 from ..kernels.quantize import KERNEL as QUANTIZE
@@ -26,6 +28,9 @@ KERNELS = frozenset({
 one that sums what it is given, which is asked about where that is integers."""
 
 _INT4 = 7
+_DOMAIN = "com.microsoft"
+_LEAST = 16
+"""Elements that share a scale, in GatherBlockQuantized: so many, or a larger power of two."""
 
 
 def translations() -> dict[Any, Callable[..., Any]]:
@@ -47,7 +52,9 @@ def shape_for_runtime(graph: Any, products: int = 0) -> list[str]:
     * a product reads its weight as [in, out], transposed in the file and not while it runs;
     * a Gemm's bias is int32 on the grid of the product (ONNX Runtime does this for a Conv by itself);
     * a product with a scale per call is one of integers, see :mod:`fxfreeze.emit.onnx_dynamic`;
-    * integers of 4 bits are stored as such;
+    * integers of 4 bits are stored as such, and a zero point of 0 for every block is left out;
+    * an embedding looks integers up; a table that a product reads, too, is stored once, and transposed for the product
+      when the file is opened;
     * a layer that stays in floats between integers reads them through scales per channel, all alike: behind one scale
       ONNX Runtime would quantize its weight, too, with one scale for all of it (WeightBiasQuantization);
     * a ReLU whose result stays in floats is a Max with 0 behind an integer Gemm, which ONNX Runtime computes in floats
@@ -62,19 +69,23 @@ def shape_for_runtime(graph: Any, products: int = 0) -> list[str]:
         Names of the nodes that read a quantized weight, in the order of the graph; and of those products, unless there
         are others of two values that are read as integers, so that it is not known which are meant.
     """
-    for node in list(graph.all_nodes()):
-        if _is_weight(node):
-            _transpose(graph, node)
+    _split(graph)
+    weights = [node for node in graph.all_nodes() if _is_weight(node)]
+    packed: dict[int, Any] = {}
+    lookups = {found.name for node in weights if (found := _look_up(graph, node, packed)) is not None}
+    weights = [node for node in weights if node.graph is not None]
+    for node in weights:
+        _pack(graph, node, packed)
+        _transpose(graph, node)
     dynamic = to_dynamic(graph)
+    weights = [node for node in weights if node.graph is not None]
     for node in list(graph.all_nodes()):
         if _would_be_quantized(node):
             _read_by_channel(graph, node)
         elif node.op_type == "Gemm":
             _integer_bias(graph, node)
             _part_from_relu(graph, node)
-        elif _is_weight(node):
-            _pack(graph, node)
-    readers = {reader.name for node in graph.all_nodes() for reader in _readers(node)}
+    readers = lookups | dynamic | {reader.name for node in weights for reader, _ in node.outputs[0].uses()}
     pairs = {node.name for node in graph.all_nodes() if _is_product(node)}
     if len(pairs) == products:
         readers |= pairs
@@ -82,7 +93,7 @@ def shape_for_runtime(graph: Any, products: int = 0) -> list[str]:
     conversions = [node for node in graph.all_nodes() if node.op_type in ("QuantizeLinear", "DequantizeLinear")]
     for node in conversions:
         _hush(node)
-    return [node.name for node in graph.all_nodes() if node.name in readers | dynamic]
+    return [node.name for node in graph.all_nodes() if node.name in readers]
 
 
 def integer_sums(graph: Any) -> list[str]:
@@ -119,13 +130,17 @@ def kernels(path: Path, names: Sequence[str]) -> list[str | None]:
         onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         optimised = onnx.load(options.optimized_model_filepath, load_external_data=False)
     # A node whose layout was changed on the way keeps its name, with "_token_1" appended.
-    ran = {re.sub(r"_token_\d+$", "", node.name): node.op_type for node in optimised.graph.node}
+    whole = {item.name for item in optimised.graph.initializer if item.data_type == onnx.TensorProto.INT8}
+    ran = {
+        re.sub(r"_token_\d+$", "", node.name): node.op_type
+        for node in optimised.graph.node
+        if node.op_type in KERNELS or (node.op_type == "Gather" and node.input[0] in whole)
+    }
     # One that was fused with what makes its scale has a new name, and reads the weight.
     weights = {node.name: node.input[1] for node in onnx.load(path, load_external_data=False).graph.node
                if node.op_type == PRODUCT}  # fmt: skip
-    reading = {name: node.op_type for node in optimised.graph.node for name in node.input}
-    found = [ran.get(name) or reading.get(weights.get(name, "")) for name in names]
-    return [kernel if kernel in KERNELS else None for kernel in found]
+    fused = {name: node.op_type for node in optimised.graph.node for name in node.input if node.op_type in KERNELS}
+    return [ran.get(name) or fused.get(weights.get(name, "")) for name in names]
 
 
 def configure(options: Any) -> None:
@@ -150,9 +165,109 @@ def _is_product(node: Any) -> bool:
     )
 
 
-def _readers(node: Any) -> Iterator[Any]:
-    if _is_weight(node):
-        yield from (reader for reader, _ in node.outputs[0].uses())
+def _split(graph: Any) -> None:
+    """Give every reader of a weight its own DequantizeLinear: each is changed for what reads it."""
+    import onnx_ir
+
+    for node in [node for node in graph.all_nodes() if _is_weight(node)]:
+        for reader, index in list(node.outputs[0].uses())[1:]:
+            twin = onnx_ir.node("DequantizeLinear", inputs=list(node.inputs), attributes=dict(node.attributes))
+            _describe(twin, f"{node.outputs[0].name}_{reader.name}_{index}", node.outputs[0])
+            graph.insert_before(reader, twin)
+            reader.replace_input_with(index, twin.outputs[0])
+
+
+def _look_up(graph: Any, node: Any, packed: dict[int, Any]) -> Any:
+    """Where a Gather reads rows of the weight, let it read integers; what does so then, or None."""
+    uses = list(node.outputs[0].uses())
+    if len(uses) != 1 or uses[0][0].op_type != "Gather" or uses[0][1] != 0 or len(node.inputs[0].shape) != 2:
+        return None
+    gather, block, axis = uses[0][0], _number(node, "block_size"), _number(node, "axis")
+    scale = node.inputs[1]
+    # Else its scales are not those of rows, or its integers not symmetric.
+    straight = axis % 2 == (1 if block else 0) or not scale.shape
+    if _number(gather, "axis") != 0 or not straight or _has_zero_point(node):
+        return None
+    if block >= _LEAST and block & (block - 1) == 0 and _fits(node):
+        _pack(graph, node, packed)
+        found = _gather_blocks(graph, node, gather, block)
+    else:
+        found = _gather_rows(graph, node, gather, block)
+    graph.remove(node, safe=True)
+    return found
+
+
+def _gather_blocks(graph: Any, node: Any, gather: Any, block: int) -> Any:
+    import onnx_ir
+
+    graph.opset_imports[_DOMAIN] = 1
+    found = onnx_ir.node(
+        "GatherBlockQuantized", domain=_DOMAIN, inputs=[node.inputs[0], gather.inputs[1], node.inputs[1]],
+        attributes={"gather_axis": 0, "quantize_axis": 1, "block_size": block},
+    )  # fmt: skip
+    _replace(graph, gather, [found])
+    return found
+
+
+def _gather_rows(graph: Any, node: Any, gather: Any, block: int) -> Any:
+    """Of a table of 8 bits: Gather, and a product with the scales of these rows.
+
+    With DequantizeLinear ONNX Runtime would take a linear layer that reads the rows for one of integers on both sides.
+    """
+    import numpy
+    import onnx_ir
+
+    ids, (values, scale) = gather.inputs[1], node.inputs[:2]
+    if len(scale.shape) < 2:  # ONNX Runtime makes no MatMulNBits of a product whose scales something else reads, too
+        scale = _constant(graph, f"{scale.name}.rows", scale.const_value.numpy())
+    nodes: list[Any] = []
+
+    def add(kind: str, *inputs: Any, **attributes: int) -> Any:
+        nodes.append(onnx_ir.node(kind, inputs=list(inputs), attributes=attributes))
+        nodes[-1].outputs[0].name = f"{gather.name}.{len(nodes)}"
+        return nodes[-1].outputs[0]
+
+    def sizes(name: str, *found: int) -> Any:
+        return _constant(graph, f"{gather.name}.{name}", numpy.array(found, "int64"))
+
+    rows = add("Cast", add("Gather", values, ids, axis=0), to=int(scale.dtype))
+    if not scale.shape:
+        add("Mul", rows, scale)
+    else:
+        steps = add("Unsqueeze", add("Gather", scale, ids, axis=0), sizes("last", -1))
+        same = [0] * len(ids.shape)
+        parts = add("Reshape", rows, sizes("parts", *same, -1, block)) if block else rows
+        floats = add("Mul", parts, steps)
+        if block:
+            add("Reshape", floats, sizes("whole", *same, values.shape[1]))
+    _replace(graph, gather, nodes)
+    return nodes[0]
+
+
+def _replace(graph: Any, old: Any, new: Sequence[Any]) -> None:
+    """`new` in the place of `old`: the first gets its name, the last its output."""
+    import onnx_ir
+
+    new[0].name = old.name
+    for position, node in enumerate(new[1:], 1):
+        node.name = f"{old.name}.{position}"
+    for key, value in old.metadata_props.items():
+        new[0].metadata_props[key] = value
+    _describe(new[-1], old.outputs[0].name, old.outputs[0])
+    onnx_ir.convenience.replace_nodes_and_values(graph, old, [old], new, old.outputs, new[-1].outputs)
+
+
+def _describe(node: Any, name: str, like: Any) -> None:
+    node.outputs[0].name, node.outputs[0].shape, node.outputs[0].type = name, like.shape, like.type
+
+
+def _number(node: Any, name: str) -> int:
+    return int(node.attributes[name].as_int()) if name in node.attributes else 0
+
+
+def _has_zero_point(node: Any) -> bool:
+    (value,) = node.inputs[2:] or (None,)
+    return value is not None and (value.const_value is None or bool(value.const_value.numpy().any()))
 
 
 def _transpose(graph: Any, node: Any) -> None:
@@ -223,14 +338,28 @@ def _like(value: Any) -> Any:
 
 
 def _turn(graph: Any, node: Any) -> None:
-    for index, value in enumerate(node.inputs):
-        if len(value.shape) == 2:
-            found = torch.from_numpy(value.const_value.numpy()).T.contiguous()
-            node.replace_input_with(index, _constant(graph, f"{value.name}.T", found.numpy()))
-    _set(node, "axis", 1 - node.attributes["axis"].as_int())
-    if node.outputs[0].shape is not None:
-        import onnx_ir
+    """Transposed constants; of a table that rows are looked up in, too, ONNX Runtime makes these."""
+    import numpy
+    import onnx_ir
 
+    shared = any(reader.op_type.startswith("Gather") for reader, _ in node.inputs[0].uses())
+    outputs = node.inputs[0].shape[0]
+    for index, value in enumerate(node.inputs):
+        if shared and not value.shape:  # past a scale for all ONNX Runtime would move the Transpose, to the product
+            every = numpy.full(outputs, value.const_value.numpy())
+            node.replace_input_with(index, _constant(graph, f"{value.name}.all", every))
+        if len(value.shape) != 2:
+            continue
+        if shared:
+            turned = onnx_ir.node("Transpose", inputs=[value], attributes={"perm": [1, 0]})
+            turned.name = turned.outputs[0].name = f"{value.name}.T_{node.outputs[0].name}"
+            graph.insert_before(node, turned)
+            node.replace_input_with(index, turned.outputs[0])
+        else:
+            found = numpy.ascontiguousarray(value.const_value.numpy().T)
+            node.replace_input_with(index, _constant(graph, f"{value.name}.T", found))
+    _set(node, "axis", 1 - node.attributes["axis"].as_int() % 2)
+    if node.outputs[0].shape is not None:
         node.outputs[0].shape = onnx_ir.Shape(tuple(node.outputs[0].shape)[::-1])
 
 
@@ -307,17 +436,27 @@ def _part_from_relu(graph: Any, gemm: Any) -> None:
     graph.remove(relu, safe=True)
 
 
-def _pack(graph: Any, node: Any) -> None:
-    """Blocked integers from -8 to 7 as INT4, two a byte."""
+def _pack(graph: Any, node: Any, packed: dict[int, Any]) -> None:
+    """Blocked integers from -8 to 7 as INT4, two a byte; `packed` holds those of other nodes."""
     import ml_dtypes
 
-    values = node.inputs[0].const_value.numpy()
-    if not node.attributes["block_size"].as_int() or values.dtype != "int8" or abs(values).max(initial=0) > _INT4:
+    if not _number(node, "block_size"):
         return
-    for index in (0, 2):
+    if not _has_zero_point(node) and len(node.inputs) > 2:
+        node.resize_inputs(2)
+    if not _fits(node):
+        return
+    for index in (0, 2)[: len(node.inputs) - 1]:
         value = node.inputs[index]
-        packed = value.const_value.numpy().astype(ml_dtypes.int4)
-        node.replace_input_with(index, _constant(graph, f"{value.name}4", packed))
+        if id(value) not in packed:
+            packed[id(value)] = _constant(graph, f"{value.name}4", value.const_value.numpy().astype(ml_dtypes.int4))
+        node.replace_input_with(index, packed[id(value)])
+
+
+def _fits(node: Any) -> bool:
+    """Whether the integers of a weight have 4 bits."""
+    values = node.inputs[0].const_value.numpy()
+    return bool(values.dtype == "int8" and abs(values).max(initial=0) <= _INT4)
 
 
 def _constant(graph: Any, name: str, array: Any) -> Any:

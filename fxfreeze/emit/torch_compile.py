@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
+from .. import packed
 from ..exporting import quiet
 from ..integers import count_lowered, executed, has_integers, with_integers
 from ..lower import Lowering, emit_error
@@ -37,7 +38,8 @@ def emit(lowering: Lowering, folder: Path) -> dict[str, Any]:
     program = lowering.program
     save_program(program, folder)
     facts: dict[str, Any] = {"freezing": on_cpu(program.inputs)}
-    return facts | (executed(program, _lowered(lowering, folder)) if has_integers(program) else {})
+    calls = _lowered(lowering, folder) if has_integers(program) else 0
+    return facts | executed(program, calls, packed.executed(program))
 
 
 def _lowered(lowering: Lowering, folder: Path) -> int:
@@ -51,8 +53,10 @@ def _lowered(lowering: Lowering, folder: Path) -> int:
 def load(folder: Path, interface: Interface) -> CompiledProgram:
     """Read the Program; nothing is compiled yet. Raises ArtifactError for files that do not hold one."""
     program = load_program(folder, shapes=False)
+    if packed.has_packed(program) or has_integers(program):
+        program = packed.with_packed(load_program(folder))
     if has_integers(program):
-        program = with_integers(load_program(folder))
+        program = with_integers(program)
     return CompiledProgram(program.graph_module(), interface)
 
 

@@ -103,19 +103,26 @@ def read_integers(program: Program, site: Site, integers: Integers) -> None:
     node.meta[INTEGERS] = IntegerSite(site.path, site.step.name)
 
 
-def quantize_weight(program: Program, ctx: Context, site: Site, bits: int, inputs: str = "") -> None:
-    """Let the layer read its weight as integers, and say in the ledger what that changes in it.
+def quantize_weight(program: Program, ctx: Context, site: Site, bits: int, inputs: str = "", why: str = "") -> None:
+    """Let the layer read its weight as the nearest integers, and say in the ledger what that changes in it.
 
     Args:
         inputs: words for what became of the layer's input.
+        why: words for why the nearest ones.
     """
-    step, operator = site.step, site.operator
-    weight, layout = stored_weight(program, operator), Layout.of(operator, step.granularity)
-    integers = to_integers(weight, layout, bits, operator.weight.meta["val"].dtype)
+    weight, layout = stored_weight(program, site.operator), Layout.of(site.operator, site.step.granularity)
+    integers = to_integers(weight, layout, bits, site.operator.weight.meta["val"].dtype)
     tally = Tally()
     tally.add(integers.floats(), weight, weight.new_empty(0))
+    put_integers(program, ctx, site, integers, bits, f"{tally.words} of its weight{why}", inputs)
+
+
+def put_integers(
+    program: Program, ctx: Context, site: Site, integers: Integers, bits: int, detail: str, inputs: str = ""
+) -> None:
+    """Let the layer read `integers`, and say so in the ledger; `inputs` as for :func:`quantize_weight`."""
     read_integers(program, site, integers)
     ctx.ledger.add(
-        site=site.path, step=step.name, requested=describe(step), outcome="rewritten",
-        executes=f"int{bits} weights, one scale per {step.granularity}{inputs}", detail=f"{tally.words} of its weight",
+        site=site.path, step=site.step.name, requested=describe(site.step), outcome="rewritten",
+        executes=f"int{bits} weights, one scale per {site.step.granularity}{inputs}", detail=detail,
     )  # fmt: skip

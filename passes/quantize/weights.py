@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
+
+from torch.fx import Node
+
 from fxfreeze.program import Program
 from fxfreeze.rewrite import Context, Pass
 
 from .._measured import measure_outputs
+from ._gptq import Hessian, compensated, hessians, is_compensated
 from ._sites import Site, quantized_sites
-from ._weights import quantize_weight
+from ._weights import Integers, Layout, put_integers, quantize_weight, stored_weight, to_integers
 
 _BITS = {"int8-weight": 8, "int4-weight": 4}
 
 
 class QuantizeWeights(Pass):
-    """W ≈ scale · integers for the schemes "int8-weight" and "int4-weight": less to store and to read."""
+    """W ≈ scale · integers for the schemes "int8-weight" and "int4-weight": less to store and to read.
+
+    Integers are the nearest ones, or, with ``compensate``, those that keep the results of a linear layer on the
+    calibration data. A weight that something else reads, too, such as a table that is both embedding and head, is
+    rounded to the nearest, so that it stays one.
+    """
 
     name, stage, exact = "quantize_weights", "quantize", False
 
@@ -22,18 +32,62 @@ class QuantizeWeights(Pass):
         if not sites:
             return 0
         before = program.clone()
+        reasons = {site.operator.node: _why_nearest(program, site) for site in sites}
+        found = _compensated(program, ctx, [site for site in sites if reasons[site.operator.node] is None])
         for site in sites:
-            quantize_weight(program, ctx, site, _BITS[site.step.scheme])
+            bits, node = _BITS[site.step.scheme], site.operator.node
+            if node in found:
+                put_integers(program, ctx, site, found[node][0], bits, found[node][1])
+            else:
+                quantize_weight(program, ctx, site, bits, why=reasons[node] or "")
         measure_outputs(ctx, program, before, "integer weights")
         return len(sites)
 
 
+def _why_nearest(program: Program, site: Site) -> str | None:
+    """Words for why errors are not compensated; None: they are."""
+    if not site.step.compensate:
+        return ""
+    if not is_compensated(site.operator):
+        return "; to the nearest, for errors of linear layers alone are compensated"
+    if program.readers(site.operator.weight) != {site.operator.node}:
+        return "; to the nearest, for something else reads it, too"
+    return None
+
+
+def _compensated(program: Program, ctx: Context, sites: Iterable[Site]) -> dict[Node, tuple[Integers, str]]:
+    """The integers of every layer, and words for what they change in its results."""
+    chosen: dict[Node, tuple[Integers, str]] = {}
+    waiting = list(sites)
+    for found, rows in hessians(program, ctx, (site.operator.input for site in waiting)):
+        for site in (site for site in waiting if site.operator.input in found):
+            integers, words = _closest(program, site, found)
+            chosen[site.operator.node] = integers, f"{words}; on {rows} rows of {ctx.calibration.source}"
+    return chosen
+
+
+def _closest(program: Program, site: Site, found: Mapping[Node, Hessian]) -> tuple[Integers, str]:
+    operator, bits, hessian = site.operator, _BITS[site.step.scheme], found[site.operator.input]
+    weight, layout = stored_weight(program, operator), Layout.of(operator, site.step.granularity)
+    dtype = operator.weight.meta["val"].dtype
+    nearest = to_integers(weight, layout, bits, dtype)
+    moved = compensated(weight, layout, bits, dtype, hessian.total)
+    turned = operator.kind == "matmul"
+    then, *now = (value.T if turned else value for value in (weight, nearest.floats(), moved.floats()))
+    plain, better = (hessian.error(value, then) for value in now)
+    if better.gap > plain.gap:
+        return nearest, f"{plain.words} of its result; with compensation {better.words}, which is not used"
+    return moved, f"{better.words} of its result, {plain.words} without compensation"
+
+
 def _problem(site: Site) -> str | None:
     operator, block = site.operator, site.step.block
-    if operator.kind in ("embedding", "transposed"):
-        return f"weights of kind {operator.kind} are not quantized yet"
+    if operator.kind == "transposed":
+        return "weights of transposed convolutions are not quantized yet"
     if block and operator.kind == "conv":
-        return "groups of inputs are for linear layers"
-    if block and operator.in_features % block:
-        return f"its {operator.in_features} inputs are no multiple of {block}"
-    return None
+        return "groups are for linear layers and embeddings"
+    # A scale of an embedding is of a row, or of a part of one: the row that is looked up is all that is read.
+    size, what = (
+        (operator.out_features, "columns") if operator.kind == "embedding" else (operator.in_features, "inputs")
+    )
+    return f"its {size} {what} are no multiple of {block}" if block and size % block else None

@@ -173,3 +173,69 @@ def test_a_relu_whose_result_stays_in_floats_does_not_take_its_layer_along() -> 
     assert executes(artifact) == {"0": "integer-executed by QGemm in onnx"}
     last = compiled(fz.Quantize(), nn.Sequential(*model[:2]), (8,), calibration=[torch.randn(32, 8)])
     assert executes(last) == {"0": "integer-executed by QGemm in onnx"} and bool((last(torch.randn(9, 8)) >= 0).all())
+
+
+class Tied(nn.Module):
+    """A table that is an embedding and a head, another one, and a layer between."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.fc, self.norm = nn.Embedding(200, 64), nn.Linear(64, 64), nn.LayerNorm(64)
+        self.place = nn.Embedding(5, 64)
+        self.head = nn.Linear(64, 200, bias=False)
+        self.head.weight = self.table.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(self.norm(self.fc(self.table(ids)) + self.place(ids % 5)))
+
+
+def tied(scheme: str, granularity: str, **given: Any) -> tuple[nn.Module, Any]:
+    torch.manual_seed(0)
+    net = Tied().eval()
+    ids = fz.Input("ids", ("batch", 5), dtype="int64", low=0, high=199)
+    step = fz.Quantize(scheme=scheme, granularity=granularity, **given)
+    return net, fz.compile(net, fz.Plan([ids], [step], ["onnx"]))
+
+
+@pytest.mark.parametrize(
+    ("scheme", "granularity", "lookup"),
+    [
+        ("int8-weight", "tensor", "Gather"), ("int8-weight", "channel", "Gather"),
+        ("int8-weight", "group:16", "Gather"),
+        ("int4-weight", "group:16", "GatherBlockQuantized"), ("int4-weight", "group:32", "GatherBlockQuantized"),
+    ],
+)  # fmt: skip
+def test_a_tied_table_is_stored_once_and_read_as_integers_twice(scheme: str, granularity: str, lookup: str) -> None:
+    net, artifact = tied(scheme, granularity)
+    assert executes(artifact) == {
+        **dict.fromkeys(("table", "place"), f"integer-executed by {lookup} in onnx"),
+        **dict.fromkeys(("fc", "head"), "integer-executed by MatMulNBits in onnx"),
+    }
+    kind = onnx.TensorProto.INT4 if scheme == "int4-weight" else onnx.TensorProto.INT8
+    large = [item for item in model_of(artifact).graph.initializer if numpy.prod(item.dims) >= 64 * 64]
+    assert sorted((tuple(item.dims), item.data_type) for item in large) == [((64, 64), kind), ((200, 64), kind)]
+    ids = torch.randint(0, 200, (3, 5), generator=torch.Generator().manual_seed(0))
+    limit = 0.2 if scheme == "int4-weight" else 0.02
+    assert float((artifact(ids) - net(ids)).norm() / net(ids).norm()) < limit
+
+
+def test_a_group_that_no_lookup_of_four_bits_takes_is_looked_up_in_eight() -> None:
+    assert executes(tied("int4-weight", "group:8", exclude=["fc", "head", "place"])[1]) == {
+        "table": "integer-executed by Gather in onnx"
+    }
+
+
+def test_zero_points_of_blocks_that_are_0_are_not_stored() -> None:
+    stored = model_of(tied("int4-weight", "group:32")[1]).graph.initializer
+    assert not [item.name for item in stored if "zero" in item.name]
+
+
+def test_a_lookup_of_floats_is_none_of_integers(tmp_path: Path) -> None:
+    table = onnx.numpy_helper.from_array(numpy.ones((4, 8), "float32"), "table")
+    ids = onnx.helper.make_tensor_value_info("ids", onnx.TensorProto.INT64, [3])
+    rows = onnx.helper.make_tensor_value_info("rows", onnx.TensorProto.FLOAT, [3, 8])
+    node = onnx.helper.make_node("Gather", ["table", "ids"], ["rows"], name="lookup")
+    graph = onnx.helper.make_graph([node], "graph", [ids], [rows], [table])
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 21)], ir_version=10)
+    onnx.save(model, tmp_path / "model.onnx")
+    assert onnx_quantized.kernels(tmp_path / "model.onnx", ["lookup"]) == [None]

@@ -67,10 +67,38 @@ def test_inputs_that_are_no_whole_chunks_and_float64_run_as_well() -> None:
     agrees(found, x.double(), integers, scale, bias)
 
 
-def test_a_row_does_not_depend_on_its_neighbours() -> None:
-    x, integers, scale, bias = draw(9, inputs=128, out=6, groups=2, bits=4)
-    together = KERNEL.op(x, pack(integers), scale, bias)
-    assert torch.equal(together, torch.cat([KERNEL.op(row, pack(integers), scale, bias) for row in x.split(1)]))
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize(("inputs", "groups"), [(32, 1), (320, 10), (544, 1), (768, 3)])
+@pytest.mark.parametrize("out", [3, 32, 75])
+@pytest.mark.parametrize("rows", [9, 12, 15, 29])
+def test_many_rows(bits: int, inputs: int, groups: int, out: int, rows: int) -> None:
+    """More inputs than a tile is deep, outputs that are no whole tile, and rows that are left over."""
+    x, integers, scale, bias = draw(rows, inputs=inputs, out=out, groups=groups, bits=bits)
+    weight = integers if bits == 8 else pack(integers)
+    agrees(KERNEL.op(x, weight, scale, bias), x, integers, scale, bias)
+    agrees(KERNEL.op(x, weight, scale), x, integers, scale, None)
+
+
+@pytest.mark.parametrize("rows", [(8, 1), (33, 11)], ids=["few", "many"])
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_row_does_not_depend_on_its_neighbours(rows: tuple[int, int], bits: int) -> None:
+    x, integers, scale, bias = draw(rows[0], inputs=320, out=70, groups=2, bits=bits)
+    weight = integers if bits == 8 else pack(integers)
+    together = KERNEL.op(x, weight, scale, bias)
+    assert torch.equal(together, torch.cat([KERNEL.op(part, weight, scale, bias) for part in x.split(rows[1])]))
+
+
+@pytest.mark.parametrize("rows", [8, 40])
+def test_threads_change_nothing(rows: int) -> None:
+    x, integers, scale, bias = draw(rows, inputs=512, out=300, groups=4, bits=4)
+    threads, found = torch.get_num_threads(), []
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            found.append(KERNEL.op(x, pack(integers), scale, bias))
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(*found)
 
 
 @pytest.mark.parametrize(
@@ -107,7 +135,7 @@ def test_aoti_packages_hold_the_cpp_and_the_integers(tmp_path: Path) -> None:
     lowering = Lowering(capture(Net(), fz.Plan([fz.Input("x", ("batch", 256))], targets=[]))[0])
     aoti.emit(lowering, tmp_path)
     run = aoti.load(tmp_path, Interface.of(lowering.program))
-    for batch in (1, 6):
+    for batch in (1, 6, 30):
         x = torch.randn(batch, 256, generator=torch.Generator().manual_seed(batch))
         first, second = run(x)
         agrees(first, x, *eight)

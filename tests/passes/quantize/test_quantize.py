@@ -210,3 +210,20 @@ def test_what_is_stored_input_by_output_has_its_scales_there() -> None:
         assert stored(compiled(model, step), "0.weight.scale").shape == (4,)
     step = fz.Quantize(scheme="int8-weight", granularity="group:4")
     assert stored(compiled(model, step), "0.weight.scale").shape == (2, 4)
+
+
+def test_scales_of_an_embedding_are_of_rows_or_of_parts_of_them() -> None:
+    class Table(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = nn.Embedding(6, SIZE)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.table((x > 0).long())
+
+    model = Table().eval()
+    assert stored(compiled(model, fz.Quantize(scheme="int8-weight")), "table.weight.scale").shape == (6,)
+    halves = compiled(model, fz.Quantize(scheme="int4-weight", granularity="group:4"))
+    assert stored(halves, "table.weight.scale").shape == (6, 2)
+    refused = rows(compiled(model, fz.Quantize(scheme="int4-weight", granularity="group:6")), "refused")
+    assert refused["table"].detail == f"its {SIZE} columns are no multiple of 6"
