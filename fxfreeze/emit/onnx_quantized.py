@@ -140,7 +140,7 @@ def kernels(path: Path, names: Sequence[str]) -> list[str | None]:
     weights = {node.name: node.input[1] for node in onnx.load(path, load_external_data=False).graph.node
                if node.op_type == PRODUCT}  # fmt: skip
     fused = {name: node.op_type for node in optimised.graph.node for name in node.input if node.op_type in KERNELS}
-    return [ran.get(name) or fused.get(weights.get(name, "")) for name in names]
+    return [ran.get(name) or fused.get(weights.get(name, name)) for name in names]
 
 
 def configure(options: Any) -> None:

@@ -344,7 +344,7 @@ def test_a_product_in_wide_integers_is_no_integer_kernel(monkeypatch: pytest.Mon
 
 def test_fewer_calls_than_heads_are_no_proof() -> None:
     program = compiled(Net(), fz.Quantize("head")).program
-    kernels = {heads: [row[2] for row in executed(program, 0, heads)["integer"]] for heads in (None, 0, 1)}
+    kernels = {heads: [row[2] for row in executed(program, 0, heads=heads)["integer"]] for heads in (None, 0, 1)}
     assert kernels == {None: ["tversky_integer"], 0: [None], 1: ["tversky_integer"]}
 
 
