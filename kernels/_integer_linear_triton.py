@@ -6,7 +6,8 @@ at the end by the sums of the weight's rows, which the caller has; made of the t
 tensor cores leave time for.
 
 Roofline: of many rows arithmetic, 80 % of the rate of ``torch._int_mm``; for 16 rows or less 80 % of the copy bandwidth
-over W. Not measured yet.
+over W. Not measured yet. The largest tile spills up to 700 bytes per thread on cuda:80 and cuda:100, and
+nothing on cuda:90; the others spill nowhere.
 
 This module imports triton: import it inside a launcher.
 """
