@@ -6,8 +6,8 @@ at the end by the sums of the weight's rows, which the caller has; made of the t
 tensor cores leave time for.
 
 Roofline: of many rows arithmetic, 80 % of the rate of ``torch._int_mm``; for 16 rows or less 80 % of the copy bandwidth
-over W. Not measured yet. The largest tile spills up to 700 bytes per thread on cuda:80 and cuda:100, and
-nothing on cuda:90; the others spill nowhere.
+over W. Not measured yet. The largest tile spills up to 700 bytes per thread on cuda:80 and cuda:100; the
+others spill nothing.
 
 This module imports triton: import it inside a launcher.
 """
@@ -73,7 +73,7 @@ def _config(rows: int, columns: int, depth: int, warps: int, stages: int) -> dic
 CONFIGS = (
     _config(128, 128, 128, 8, 3),
     _config(128, 256, 128, 8, 3),
-    _config(128, 128, 64, 4, 4),
+    _config(128, 128, 64, 8, 4),
     _config(64, 128, 128, 4, 3),
     _config(64, 64, 128, 4, 4),
     _config(16, 64, 256, 4, 4),

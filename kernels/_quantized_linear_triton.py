@@ -130,11 +130,8 @@ def tiled_kernel(
             w = tl.load(w_ptrs, mask=k[None, :] < left, other=0)
         part = tl.zeros((BN, BM), tl.float32) if GROUPED else sums
         if BITS == 4:
-            if EVEN:
-                x_next = tl.load(x_ptrs + HALF)
-            else:
-                # Inputs are whole chunks: where there is a low half, there is a high one.
-                x_next = tl.load(x_ptrs + HALF, mask=k[:, None] < left, other=0.0)
+            # Inputs are whole chunks, and the smallest BK is one: it is never odd.
+            x_next = tl.load(x_ptrs + HALF)
             w = w.to(tl.int32)
             part = tl.dot(high(w).to(FACTOR), x_next.to(FACTOR), part, input_precision=PRECISION)
             w = low(w)

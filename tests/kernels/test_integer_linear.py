@@ -235,22 +235,35 @@ def test_in_the_interpreter(interpreter: Any) -> None:
 # ---- compiling
 
 
+TYPES = {
+    **dict.fromkeys(("x_scale_ptr", "scale_ptr", "bias_ptr", "y_ptr"), "*bf16"), "w_ptr": "*i8", "total_ptr": "*i32",
+}  # fmt: skip
+
+
+@triton
+def test_sizes_of_one(cost: Any) -> None:
+    """Triton makes constants of integers that are 1."""
+    from fxfreeze.kernels import _integer_linear_triton as file
+
+    types = {**TYPES, "x_ptr": "*u8", "zero_ptr": "*u8"}
+    constants = {**dict.fromkeys("MNK", 1), "SHIFT": True, "ONE_SCALE": True, "EVEN": False}
+    constants |= {"BM": 16, "BN": 32, "BK": 256, "GROUP": 8}
+    assert cost(file.integer_linear_kernel, types, constants).spills == 0
+
+
 @pytest.mark.slow
 @triton
 @pytest.mark.parametrize(
     ("tile", "kind", "even"),
-    [((128, 128, 128), "u8", True), ((128, 256, 128), "i8", True), ((64, 128, 128), "u8", False),
-     ((16, 64, 256), "u8", True), ((16, 32, 256), "i8", True)],
+    [((128, 128, 128), "u8", True), ((128, 128, 64), "u8", True), ((128, 256, 128), "i8", True),
+     ((64, 128, 128), "u8", False), ((16, 64, 256), "u8", True), ((16, 32, 256), "i8", True)],
     ids=str,
 )  # fmt: skip
 def test_within_budget(within_budget: Any, tile: tuple[int, ...], kind: str, even: bool) -> None:
     from fxfreeze.kernels import _integer_linear_triton as file
 
     config = next(c for c in file.CONFIGS if (c["BM"], c["BN"], c["BK"]) == tile)
-    types = {
-        **dict.fromkeys(("x_scale_ptr", "scale_ptr", "bias_ptr", "y_ptr"), "*bf16"), "w_ptr": "*i8",
-        **dict.fromkeys(("x_ptr", "zero_ptr"), f"*{kind}"), "total_ptr": "*i32", **dict.fromkeys("MNK", "i32"),
-    }  # fmt: skip
+    types = {**TYPES, **dict.fromkeys(("x_ptr", "zero_ptr"), f"*{kind}"), **dict.fromkeys("MNK", "i32")}
     constants = {"SHIFT": kind == "u8", "ONE_SCALE": False, "EVEN": even, **dict(list(config.items())[:4])}
     options = {name: value for name, value in config.items() if name not in constants}
     name = f"integer_linear {kind} {'x'.join(map(str, tile))}{'' if even else ' odd'}"

@@ -231,9 +231,12 @@ def test_launch_of_many_tiles(device: str, rows: int, bits: int) -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("rows", [1, 4, 7])
-def test_launch_of_half_precision(device: str, rows: int, bits: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("inputs", "groups"), [(256, 2), (256, 4), (96, 3), (160, 1)])
+def test_launch_of_half_precision(
+    device: str, inputs: int, groups: int, rows: int, bits: int, dtype: torch.dtype
+) -> None:
     """Every weight counts as it is: a scaled one, rounded, would be off by half a unit itself."""
-    x, integers, scale, bias = draw(rows, inputs=256, out=19, groups=2, bits=bits)
+    x, integers, scale, bias = draw(rows, inputs=inputs, out=19, groups=groups, bits=bits)
     x, scale, bias = (value.to(dtype) for value in (x, scale, bias))
     given = {"x": x, "weight": integers if bits == 8 else pack(integers), "scale": scale, "bias": bias}
     found = launched(device, given)
@@ -255,6 +258,20 @@ def test_launch_of_gates(device: str, rows: int, bits: int, parts: tuple[str, ..
     """In every bit: what equals its threshold is shut."""
     given = only(short(rows, inputs=64, out=21, groups=2, bits=bits), parts)
     assert torch.equal(launched(device, given, score).double(), by_hand(given, score))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("inputs", "groups"), [(128, 1), (128, 4), (192, 3)])
+@pytest.mark.parametrize("bits", [8, 4])
+def test_launch_in_tf32(device: str, bits: int, inputs: int, groups: int) -> None:
+    """In every bit: TF32 holds these factors."""
+    pytest.importorskip("triton")
+    from fxfreeze.kernels._quantized_linear_triton import quantized_linear
+
+    given = only(short(5, inputs=inputs, out=21, groups=groups, bits=bits), ("bias",))
+    on = [value.to(device) for value in given.values()]
+    found = quantized_linear(*on, None, None, score="h", precision="tf32").cpu()
+    assert torch.equal(found.double(), by_hand(given, "h"))
 
 
 @pytest.mark.gpu
@@ -383,6 +400,18 @@ def test_tiles_within_budget(
     name = f"quantized_linear int{bits} {dtype} {'x'.join(map(str, tile))}"
     name += ("" if grouped else " one group") + ("" if even else " odd")
     within_budget(name, kernel, types, constants, **options)
+
+
+@triton
+def test_sizes_of_one(cost: Any) -> None:
+    """Triton makes constants of integers that are 1."""
+    from fxfreeze.kernels import _quantized_linear_triton as file
+
+    for config in (file.ROW_CONFIGS[0], file.HALF_CONFIGS[32][-1]):
+        kernel, types, constants, options = build(8, "bfloat16", config, grouped=False, even=False, gate=False)
+        ones = dict.fromkeys(name for name, kind in types.items() if kind == "i32")
+        types = {name: kind for name, kind in types.items() if name not in ones}
+        assert cost(kernel, types, constants | dict.fromkeys(ones, 1), **options).spills == 0
 
 
 @triton
