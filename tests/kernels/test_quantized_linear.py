@@ -285,6 +285,15 @@ def test_launch_does_not_hide_bad_values(device: str, rows: int) -> None:
 
 
 @pytest.mark.gpu
+def test_launch_takes_nothing_from_the_next_row(device: str) -> None:
+    """Of 33 inputs a tile has more than a row has."""
+    x, integers, scale, bias = draw(6, inputs=33, out=5, groups=1, bits=8)
+    x[1, 0] = float("nan")
+    found = launched(device, {"x": x, "weight": integers, "scale": scale, "bias": bias})
+    assert found[1].isnan().all() and found[[0, 2, 3, 4, 5]].isfinite().all()
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("rows", [1, 6])
 def test_launch_of_any_strides(device: str, rows: int) -> None:
     given = short(rows, inputs=64, out=21, groups=2, bits=4)
