@@ -16,7 +16,7 @@ from fxfreeze.rewrite import Context
 from ._activations import Scale, quantized
 from ._calibrate import layer_run
 from ._sites import Site
-from ._weights import Integers, Layout, stored_weight, to_integers
+from ._weights import Integers, Layout, computed, stored_weight, to_integers
 
 _BIAS_LIMIT = 2**30
 """A bias in steps of the integer product, at most: runtimes add it as an int32."""
@@ -52,11 +52,7 @@ class Layer:
 
     def result(self, value: Tensor) -> Tensor:
         """What integers make of the layer's input, which is in floats."""
-        operator = self.site.operator
-        bias = {} if self.bias is None else {"bias": self.bias.to(value.dtype)}
-        weight = self.weight.floats().to(value.dtype)
-        args, kwargs = operator.call_arguments(input=quantized(value, self.scale), weight=weight, **bias)
-        return operator.node.target(*args, **kwargs)  # type: ignore[operator, no-any-return]
+        return computed(self.site, quantized(value, self.scale), self.weight, self.bias)
 
 
 @torch.no_grad()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -53,6 +53,11 @@ class _Effect:
         return min((tally.hits / tally.count for tally in self.outputs if tally.count), default=None)
 
 
+def measures(ctx: Context, sites: Iterable[Site]) -> bool:
+    """Whether what quantizing each layer does is to be known."""
+    return ctx.sensitivity or any(site.step.budget is not None for site in sites)
+
+
 def choose(
     program: Program, ctx: Context, levels: Mapping[Site, Sequence[Level]], beside: Beside = lambda sites: {}
 ) -> dict[Site, Level]:
@@ -69,7 +74,7 @@ def choose(
         PlanError: a budget of a score, and nothing gives one.
     """
     chosen = {site: options[0] for site, options in levels.items()}
-    for step in dict.fromkeys(site.step for site in levels if site.step.budget is not None or ctx.sensitivity):
+    for step in dict.fromkeys(site.step for site in levels if measures(ctx, [site])):
         if step.limit[0] == "drop" and ctx.evaluate is None:
             raise PlanError(
                 f"the budget {step.budget!r} is of a score, and there is none", where=step.name,

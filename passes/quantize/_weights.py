@@ -79,6 +79,20 @@ def to_integers(weight: Tensor, layout: Layout, bits: int, dtype: torch.dtype, l
     return Integers(values, scale.squeeze(dims), layout)
 
 
+def nearest(program: Program, site: Site, bits: int) -> Integers:
+    """The layer's weight as the nearest integers, in the layout that its step asks for."""
+    layout = Layout.of(site.operator, site.step.granularity)
+    return to_integers(stored_weight(program, site.operator), layout, bits, site.operator.weight.meta["val"].dtype)
+
+
+def computed(site: Site, value: Tensor, integers: Integers, bias: Tensor | None) -> Tensor:
+    """What the layer makes of `value`, its input, with that weight; `bias`: of a layer that has one."""
+    operator, dtype = site.operator, site.operator.weight.meta["val"].dtype
+    given = {} if bias is None else {"bias": bias.to(dtype)}
+    args, kwargs = operator.call_arguments(input=value, weight=integers.floats().to(dtype), **given)
+    return operator.node.target(*args, **kwargs)  # type: ignore[operator, no-any-return]
+
+
 def stored_weight(program: Program, operator: WeightOperator) -> Tensor:
     """The weight as stored, in float64; capturing has seen that it is finite."""
     weight = program.constant64(operator.weight)
@@ -110,9 +124,7 @@ def quantize_weight(program: Program, ctx: Context, site: Site, bits: int, input
         inputs: words for what became of the layer's input.
         why: words for why the nearest ones.
     """
-    weight, layout = stored_weight(program, site.operator), Layout.of(site.operator, site.step.granularity)
-    integers = to_integers(weight, layout, bits, site.operator.weight.meta["val"].dtype)
-    tally = Tally()
+    weight, integers, tally = stored_weight(program, site.operator), nearest(program, site, bits), Tally()
     tally.add(integers.floats(), weight, weight.new_empty(0))
     put_integers(program, ctx, site, integers, bits, f"{tally.words} of its weight{why}", inputs)
 

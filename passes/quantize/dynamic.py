@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor
 from torch.fx import Node
@@ -14,8 +16,9 @@ from fxfreeze.rewrite import Context, Pass
 
 from .._measured import measure_outputs
 from ._activations import HIGH, LOW
+from ._sensitivity import Level, choose, layer_seconds, measures
 from ._sites import Site, quantized_sites
-from ._weights import quantize_weight
+from ._weights import computed, nearest, quantize_weight
 
 
 class QuantizeDynamic(Pass):
@@ -31,10 +34,12 @@ class QuantizeDynamic(Pass):
         if not sites:
             return 0
         before, inputs = program.clone(), dict[Node, Node]()
-        for site in sites:
+        chosen = sites if not measures(ctx, sites) else list(choose(program, ctx, _levels(program, ctx, sites)))
+        for site in chosen:
             _rewrite(program, ctx, site, inputs)
-        measure_outputs(ctx, program, before, "dynamic int8")
-        return len(sites)
+        if chosen:
+            measure_outputs(ctx, program, before, "dynamic int8")
+        return len(chosen)
 
 
 def requantized(x: Tensor) -> Tensor:
@@ -43,6 +48,15 @@ def requantized(x: Tensor) -> Tensor:
     step = ((high - low) / (HIGH - LOW)).clamp(min=torch.finfo(x.dtype).tiny)
     zero = torch.round(-low / step).clamp(LOW, HIGH).to(torch.uint8)
     return DEQUANTIZE.op(QUANTIZE.op(x, step, zero, 0, 0, LOW, HIGH), step, zero, 0, 0, x.dtype)
+
+
+def _levels(program: Program, ctx: Context, sites: Sequence[Site]) -> dict[Site, list[Level]]:
+    def act(site: Site) -> Callable[[Tensor], Tensor]:
+        integers, bias = nearest(program, site, 8), program.constant64(site.operator.bias)
+        return lambda value: computed(site, requantized(value), integers, bias)
+
+    seconds = layer_seconds(program, ctx, sites)
+    return {site: [Level(site.step.scheme, act(site), seconds[site])] for site in sites}
 
 
 def _problem(site: Site) -> str | None:

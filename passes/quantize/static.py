@@ -18,7 +18,7 @@ from .._operators import aten
 from ._activations import Scale, add_scale, quantized, scale_of
 from ._calibrate import Seen, layer_run, observe
 from ._layers import Layer, corrected
-from ._sensitivity import Beside, Level, choose, layer_seconds
+from ._sensitivity import Beside, Level, choose, layer_seconds, measures
 from ._sites import Site, quantized_sites
 from ._weights import read_integers
 
@@ -120,8 +120,7 @@ def _result(node: Node) -> Node:
 def _kept(program: Program, ctx: Context, layers: Sequence[Layer], beside: Beside) -> list[Layer]:
     """The layers that budgets leave to integers."""
     sites = [layer.site for layer in layers]
-    wanted = ctx.sensitivity or any(site.step.budget for site in sites)
-    seconds = layer_seconds(program, ctx, sites) if wanted else dict.fromkeys(sites, 0.0)
+    seconds = layer_seconds(program, ctx, sites) if measures(ctx, sites) else dict.fromkeys(sites, 0.0)
     chosen = choose(program, ctx, {
         layer.site: [Level(layer.site.step.scheme, layer.result, seconds[layer.site])] for layer in layers
     }, beside)  # fmt: skip

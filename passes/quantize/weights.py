@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from torch.fx import Node
 
@@ -11,10 +11,13 @@ from fxfreeze.rewrite import Context, Pass
 
 from .._measured import measure_outputs
 from ._gptq import Hessian, compensated, hessians, is_compensated
+from ._sensitivity import Level, choose, measures
 from ._sites import Site, quantized_sites
-from ._weights import Integers, Layout, put_integers, quantize_weight, stored_weight, to_integers
+from ._weights import Integers, Layout, computed, nearest, put_integers, quantize_weight, stored_weight
 
 _BITS = {"int8-weight": 8, "int4-weight": 4}
+Compensated = dict[Node, tuple[Integers, str]]
+"""Layer → its integers, and words for what they change in its results."""
 
 
 class QuantizeWeights(Pass):
@@ -34,14 +37,36 @@ class QuantizeWeights(Pass):
         before = program.clone()
         reasons = {site.operator.node: _why_nearest(program, site) for site in sites}
         found = _compensated(program, ctx, [site for site in sites if reasons[site.operator.node] is None])
-        for site in sites:
-            bits, node = _BITS[site.step.scheme], site.operator.node
-            if node in found:
-                put_integers(program, ctx, site, found[node][0], bits, found[node][1])
+        bits = _chosen(program, ctx, sites, found)
+        for site in bits:
+            node = site.operator.node
+            if node in found and bits[site] == _BITS[site.step.scheme]:
+                put_integers(program, ctx, site, found[node][0], bits[site], found[node][1])
             else:
-                quantize_weight(program, ctx, site, bits, why=reasons[node] or "")
-        measure_outputs(ctx, program, before, "integer weights")
-        return len(sites)
+                quantize_weight(program, ctx, site, bits[site], why=reasons[node] or "")
+        if bits:
+            measure_outputs(ctx, program, before, "integer weights")
+        return len(bits)
+
+
+def _chosen(program: Program, ctx: Context, sites: Sequence[Site], found: Compensated) -> dict[Site, int]:
+    """How many bits the weight of each layer gets; layers that a budget keeps in floats are left out.
+
+    Of 4 bits a layer goes up to 8 first. What is saved is bytes.
+    """
+    if not measures(ctx, sites):
+        return {site: _BITS[site.step.scheme] for site in sites}
+
+    def level(site: Site, scheme: str) -> Level:
+        asked = scheme == site.step.scheme and site.operator.node in found
+        integers = found[site.operator.node][0] if asked else nearest(program, site, _BITS[scheme])
+        bias, stored = program.constant64(site.operator.bias), site.operator.weight.meta["val"]
+        saved = stored.numel() * (8 * stored.element_size() - _BITS[scheme]) / 8
+        return Level(scheme, lambda value: computed(site, value, integers, bias), saved)
+
+    schemes = {"int4-weight": ("int4-weight", "int8-weight"), "int8-weight": ("int8-weight",)}
+    levels = {site: [level(site, scheme) for scheme in schemes[site.step.scheme]] for site in sites}
+    return {site: _BITS[chosen.scheme] for site, chosen in choose(program, ctx, levels).items()}
 
 
 def _why_nearest(program: Program, site: Site) -> str | None:
@@ -55,9 +80,8 @@ def _why_nearest(program: Program, site: Site) -> str | None:
     return None
 
 
-def _compensated(program: Program, ctx: Context, sites: Iterable[Site]) -> dict[Node, tuple[Integers, str]]:
-    """The integers of every layer, and words for what they change in its results."""
-    chosen: dict[Node, tuple[Integers, str]] = {}
+def _compensated(program: Program, ctx: Context, sites: Iterable[Site]) -> Compensated:
+    chosen: Compensated = {}
     waiting = list(sites)
     for found, rows in hessians(program, ctx, (site.operator.input for site in waiting)):
         for site in (site for site in waiting if site.operator.input in found):
@@ -70,13 +94,13 @@ def _closest(program: Program, site: Site, found: Mapping[Node, Hessian]) -> tup
     operator, bits, hessian = site.operator, _BITS[site.step.scheme], found[site.operator.input]
     weight, layout = stored_weight(program, operator), Layout.of(operator, site.step.granularity)
     dtype = operator.weight.meta["val"].dtype
-    nearest = to_integers(weight, layout, bits, dtype)
+    plain_integers = nearest(program, site, bits)
     moved = compensated(weight, layout, bits, dtype, hessian.total)
     turned = operator.kind == "matmul"
-    then, *now = (value.T if turned else value for value in (weight, nearest.floats(), moved.floats()))
+    then, *now = (value.T if turned else value for value in (weight, plain_integers.floats(), moved.floats()))
     plain, better = (hessian.error(value, then) for value in now)
     if better.gap > plain.gap:
-        return nearest, f"{plain.words} of its result; with compensation {better.words}, which is not used"
+        return plain_integers, f"{plain.words} of its result; with compensation {better.words}, which is not used"
     return moved, f"{better.words} of its result, {plain.words} without compensation"
 
 

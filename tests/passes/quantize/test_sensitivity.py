@@ -129,6 +129,38 @@ def test_other_budgets_are_refused(budget: Any) -> None:
         fz.Quantize(budget=budget)
 
 
+def test_a_budget_gives_weights_of_4_bits_8_where_it_must() -> None:
+    """Of three equal layers one has a weight that stands out in every group, which 4 bits bear worst."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(32, 32) for _ in range(3))).eval()
+    with torch.no_grad():
+        model[1].weight[:, ::8] *= 20  # type: ignore[index, operator]
+    data = [torch.randn(64, 32, generator=torch.Generator().manual_seed(1))]
+
+    def bits(budget: str | None) -> dict[str, str]:
+        step = fz.Quantize(scheme="int4-weight", granularity="group:8", budget=budget)
+        found = rewrite(model, fz.Plan([fz.Input("x", ("batch", 32))], [step], ()), calibration=data)
+        rows = [row for row in found.ledger if row.outcome == "rewritten"]
+        if budget:
+            want, got = model(data[0]), found.program.run(data[0])[0]
+            assert 20 * float((want.norm() / (got - want).norm()).log10().detach()) >= float(budget[4:])
+            assert {row.scheme for row in found.sensitivity} == {"int4-weight", "int8-weight"}
+        return {row.site: row.executes[:4] for row in rows}
+
+    assert bits(None) == dict.fromkeys("012", "int4")
+    assert bits("snr:20") == {"0": "int4", "1": "int8", "2": "int4"}
+    assert bits("snr:38") == dict.fromkeys("012", "int8")
+    assert len(bits("snr:60")) < 3
+
+
+def test_dynamic_layers_have_sensitivities_and_budgets(net: nn.Module) -> None:
+    rows = fz.sensitivity(net, _plan(fz.Quantize(mode="dynamic")), calibration=batches())
+    assert rows[0].site == "2" and len(rows) == 3
+    alone = snr(done(net, fz.Quantize("2", mode="dynamic")), net)
+    assert rows[0].output_snr == pytest.approx(alone, abs=0.01)
+    assert floats(done(net, fz.Quantize(mode="dynamic", budget="snr:25"))) == {"2"}
+
+
 def test_an_artifact_remembers(net: nn.Module) -> None:
     artifact = fz.compile(net, _plan(fz.Quantize(budget="snr:25")), calibration=batches())
     rows = artifact.sensitivity()
