@@ -28,7 +28,7 @@ from ..lower import Lowering, emit_error
 from ..program import INTEGERS, Program, TensorSpec
 from ..sampling import sample_inputs, tracing_sizes
 from ..serialize import Interface
-from . import onnx_quantized
+from . import onnx_heads, onnx_quantized
 
 FILE = "model.onnx"
 OPSETS = (24, 21)
@@ -114,7 +114,7 @@ def _convert(lowering: Lowering, folder: Path, opset: int) -> tuple[dict[str, An
     _name_values(model.graph, [spec.name for spec in program.inputs], program.outputs)
     _name_dims(model.graph, program.inputs)
     _strip(model)
-    sums = onnx_quantized.integer_sums(model.graph) if any(map(is_head, program.graph.nodes)) else []
+    sums = onnx_heads.integer_sums(model.graph) if any(map(is_head, program.graph.nodes)) else []
     asked = sum(node.meta[INTEGERS].product for node in program.graph.nodes if INTEGERS in node.meta)
     layers = onnx_quantized.shape_for_runtime(model.graph, asked)
     _add_defaults(model.graph, lowering.defaults)

@@ -333,9 +333,9 @@ def test_bytes_that_two_products_read_are_stored_once(tmp_path: Path) -> None:
 def test_a_product_in_wide_integers_is_no_integer_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     """The label is read from the graph that runs: without MatMulInteger there is none."""
     pytest.importorskip("onnxruntime")
-    from fxfreeze.emit import onnx_quantized
+    from fxfreeze.emit import onnx_heads
 
-    monkeypatch.setattr(onnx_quantized, "_multiply_bytes", lambda *args: None)
+    monkeypatch.setattr(onnx_heads, "_multiply_bytes", lambda *args: None)
     with pytest.raises(EmitError, match=r"(?s)1 quantized layers would be computed in floats.*head: int8"):
         artifact_of(fz.Quantize("head"), targets=["onnx"])
     allowed = artifact_of(fz.Quantize("head", allow_simulated=True), targets=["onnx"])

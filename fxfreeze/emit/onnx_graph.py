@@ -1,0 +1,76 @@
+"""Small changes to a graph of onnx-ir that several files here make."""
+
+from __future__ import annotations
+
+from typing import Any
+
+INT4 = 7
+"""The largest integer of 4 bits; the smallest that is used is its negative, or -8."""
+
+
+def is_weight(node: Any) -> bool:
+    return (
+        node.op_type == "DequantizeLinear"
+        and node.inputs[0].const_value is not None
+        and len(node.inputs[0].shape or ()) >= 2
+    )
+
+
+def constant(graph: Any, name: str, array: Any) -> Any:
+    import onnx_ir
+
+    while name in graph.initializers:
+        name += "_"
+    tensor = onnx_ir.Tensor(array, name=name)
+    value = onnx_ir.Value(name=name, shape=tensor.shape, type=onnx_ir.TensorType(tensor.dtype), const_value=tensor)
+    graph.register_initializer(value)
+    return value
+
+
+def set_number(node: Any, name: str, value: int) -> None:
+    import onnx_ir
+
+    node.attributes[name] = onnx_ir.AttrInt64(name, value)
+
+
+def number(node: Any, name: str) -> int:
+    return int(node.attributes[name].as_int()) if name in node.attributes else 0
+
+
+def describe(node: Any, name: str, like: Any) -> None:
+    node.outputs[0].name, node.outputs[0].shape, node.outputs[0].type = name, like.shape, like.type
+
+
+def drop_unread(graph: Any) -> None:
+    outputs = {id(value) for value in graph.outputs}
+    for name, value in list(graph.initializers.items()):
+        if not value.uses() and id(value) not in outputs:
+            del graph.initializers[name]
+
+
+def has_zero_point(node: Any) -> bool:
+    (value,) = node.inputs[2:] or (None,)
+    return value is not None and (value.const_value is None or bool(value.const_value.numpy().any()))
+
+
+def pack(graph: Any, node: Any, packed: dict[int, Any]) -> None:
+    """Blocked integers from -8 to 7 as INT4, two a byte; `packed` holds those of other nodes."""
+    import ml_dtypes
+
+    if not number(node, "block_size"):
+        return
+    if not has_zero_point(node) and len(node.inputs) > 2:
+        node.resize_inputs(2)
+    if not fits_4_bits(node):
+        return
+    for index in (0, 2)[: len(node.inputs) - 1]:
+        value = node.inputs[index]
+        if id(value) not in packed:
+            packed[id(value)] = constant(graph, f"{value.name}4", value.const_value.numpy().astype(ml_dtypes.int4))
+        node.replace_input_with(index, packed[id(value)])
+
+
+def fits_4_bits(node: Any) -> bool:
+    """Whether the integers of a weight have 4 bits."""
+    values = node.inputs[0].const_value.numpy()
+    return bool(values.dtype == "int8" and abs(values).max(initial=0) <= INT4)
