@@ -43,7 +43,7 @@ def has_integers(program: Program) -> bool:
 
 
 def with_integers(program: Program) -> Program:
-    """A copy in which what is quantized by constant scales, per tensor or per channel, is so by torch's operators.
+    """A copy in which what is quantized per tensor, or by constants per channel, is so by torch's operators.
 
     Raises:
         MissingDependencyError: torchao is not installed, and there are layers for its patterns.
@@ -71,15 +71,15 @@ def executed(
 
     Args:
         calls: of integer kernels, in the code that was generated for `program`. It does not say for which layers: are
-            there fewer than layers of constant scales, none of these counts as executed.
+            there fewer than layers that read integers, none of these counts as executed.
         weights: layers of which the weight alone is read as integers, and what does that; see :mod:`fxfreeze.packed`.
         heads: the same of Tversky heads' kernel; None: the operator is called as it stands in the graph.
     """
     layers = [node for node in program.graph.nodes if INTEGERS in node.meta]
     # Of a product of two computed values Inductor makes no integer kernel.
-    static = {node for node in layers if not node.meta[INTEGERS].product and _reads_constant_grid(program, node)}
+    reading = {node for node in layers if not node.meta[INTEGERS].product and _reads_grid(program, node)}
     similarities = set(filter(is_head, layers))
-    ran = {**weights, **(dict.fromkeys(static, "oneDNN") if calls == len(static) else {})}
+    ran = {**weights, **(dict.fromkeys(reading, "oneDNN") if calls == len(reading) else {})}
     if heads is None or heads == len(similarities):
         ran |= dict.fromkeys(similarities, HEAD.name)
     found = [(node.meta[INTEGERS], ran.get(node)) for node in layers]
@@ -96,8 +96,8 @@ def _multiplied(quantize: Node) -> bool:
     return any(reader.target is torch.ops.aten.linear.default for floats in quantize.users for reader in floats.users)
 
 
-def _reads_constant_grid(program: Program, layer: Node) -> bool:
-    """Whether the layer reads integers of an activation, on a grid of constants."""
+def _reads_grid(program: Program, layer: Node) -> bool:
+    """Whether the layer reads integers of an activation, on a grid of constants or one that the call computes."""
     for value in layer.all_input_nodes:
         source = value.args[0] if value.target is DEQUANTIZE.op else None
         if isinstance(source, Node) and source.target is QUANTIZE.op:
@@ -128,16 +128,17 @@ def _replacement(program: Program, node: Node) -> tuple[Any, tuple[Any, ...]]:
     ops = torch.ops.quantized_decomposed
     value, scale, zero, axis, block = node.args[:5]
     values = [program.state.tensor(str(item.target)) if item.op == "get_attr" else None for item in (scale, zero)]  # type: ignore[union-attr]
-    if values[0] is None or values[1] is None or block:
-        return None, ()
     dtype = (node if node.target is QUANTIZE.op else value).meta["val"].dtype  # type: ignore[union-attr]
     low, high = torch.iinfo(dtype).min, torch.iinfo(dtype).max
-    if values[0].ndim == 0:
-        numbers = (float(values[0]), int(values[1]))
+    if block or (values[0] is None) != (values[1] is None):
+        return None, ()
+    if scale.meta["val"].ndim == 0:  # type: ignore[union-attr]
+        numbers = [None if known is None else known.item() for known in values]
+        form, grid = ("tensor", [scale, zero]) if values[0] is None else ("default", numbers)
         if node.target is QUANTIZE.op:
-            return ops.quantize_per_tensor.default, (value, *numbers, *node.args[5:7], dtype)
-        return ops.dequantize_per_tensor.default, (value, *numbers, low, high, dtype)
-    if node.target is QUANTIZE.op:
+            return getattr(ops.quantize_per_tensor, form), (value, *grid, *node.args[5:7], dtype)
+        return getattr(ops.dequantize_per_tensor, form), (value, *grid, low, high, dtype)
+    if node.target is QUANTIZE.op or values[0] is None:
         return None, ()
     return ops.dequantize_per_channel.default, (value, scale, zero, axis, low, high, dtype)
 

@@ -53,7 +53,8 @@ class Slack:
     """How far an output's elements may be from their float64 values, float64 tensors of its shape: `low` ≤ 0 ≤ `high`.
 
     Both are 0 where nothing moves by more than rounding. Elsewhere they are what the shifted runs span, and for floats
-    as much again on either side, since of several decisions some may turn.
+    as much again on either side, since of several decisions some may turn. Where integers
+    follow on integers, the span is that of the row.
     """
 
     low: Tensor
@@ -108,17 +109,20 @@ def slacks(program: Program, inputs: Sequence[Tensor]) -> tuple[Slack | None, ..
         dtypes = [value.dtype for value in program.run(*inputs)]
     margins: list[Tensor] = []
     close: list[bool] = []
-    quantizes = bool(integers)
+    quantized = len(integers)
     with _Comparisons(partial(_measure, rounded, margins, close), integers=lambda _: integers.popleft()):
         truth = checked_run(program, inputs, "capture")
     if not any(close):
         return (None,) * len(truth)
-    if quantizes:
+    if quantized:
         truth = checked_run(program, inputs, "capture")
     shifted = [
         _shifted(program, inputs, margins, sign, seed) for seed in (None, *range(_MIXED)) for sign in (1.0, -1.0)
     ]
-    return tuple(map(_slack, truth, zip(*shifted, strict=True), dtypes))
+    return tuple(
+        _slack(value, moved, dtype, spreads=quantized > 1)
+        for value, moved, dtype in zip(truth, zip(*shifted, strict=True), dtypes, strict=True)
+    )
 
 
 def _shifted(
@@ -284,13 +288,18 @@ def _shift(margins: Sequence[Tensor], sign: float, seed: int | None) -> Callable
     return shift
 
 
-def _slack(truth: Tensor, shifted: Iterable[Tensor], dtype: torch.dtype) -> Slack | None:
+def _slack(truth: Tensor, shifted: Iterable[Tensor], dtype: torch.dtype, spreads: bool) -> Slack | None:
     if truth.is_complex() or not truth.numel():
         return None
     low = high = torch.zeros_like(truth, dtype=torch.float64)
     for value in shifted:
         move = _difference(value, truth)
         low, high = torch.minimum(low, move), torch.maximum(high, move)
+    if spreads and truth.dim() > 1:
+        # One integer turns others, other ones in every run: of a row, any element may move as far as the one that did.
+        others = tuple(range(1, truth.dim()))
+        low = low.amin(others, keepdim=True).expand_as(low)
+        high = high.amax(others, keepdim=True).expand_as(high)
     if truth.is_floating_point():
         size = truth[truth.isfinite()].abs()
         moved = torch.maximum(-low, high) > floor(dtype) / 2 * (size.amax() if size.numel() else 0.0)

@@ -123,7 +123,8 @@ def test_what_torch_has_no_operator_for_stays() -> None:
     program = capture(Mixed().eval(), fz.Plan([fz.Input("x", ("batch", 8))], targets=[]))[0]
     changed = with_integers(program)
     assert [str(node.target) for node in changed.graph.nodes if "quant" in str(node.target)] == [
-        "fxfreeze.quantize.default", "fxfreeze.dequantize.default", "fxfreeze.dequantize.default"
+        "quantized_decomposed.quantize_per_tensor.tensor", "quantized_decomposed.dequantize_per_tensor.tensor",
+        "fxfreeze.dequantize.default",
     ]  # fmt: skip
 
 
@@ -143,3 +144,19 @@ def test_a_narrower_grid_stays_as_narrow() -> None:
     x = torch.randn(4, 8)
     (found,) = with_integers(program).run(x)
     assert torch.equal(found, program.run(x)[0]) and (int(found.min()), int(found.max())) == (-8, 7)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["torch", "aoti"])
+def test_scales_of_the_call_go_with_integer_kernels(target: str) -> None:
+    pytest.importorskip("torchao", reason="needs fxfreeze[int8]")
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 96), nn.ReLU(), nn.Linear(96, 64)).eval()
+    plan = fz.Plan([fz.Input("x", ("batch", 5, 64))], [fz.Quantize(mode="dynamic")], [target])
+    artifact = fz.compile(model, plan)
+    ran = [row["executes"] for row in artifact.manifest["ledger"] if row["executes"].endswith(f"in {target}")]
+    assert ran == [f"integer-executed by oneDNN in {target}"] * 2
+    for size in (1e-3, 1.0, 1e3):
+        x = size * torch.randn(7, 5, 64, generator=torch.Generator().manual_seed(1))
+        want = model(x).detach()
+        assert float((artifact(x) - want).norm() / want.norm()) < 0.03
