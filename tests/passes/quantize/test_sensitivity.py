@@ -76,6 +76,28 @@ def test_alone_means_alone(net: nn.Module, site: str) -> None:
     assert row.output_snr == pytest.approx(snr(done(net, fz.Quantize(at=site)), net), abs=0.01)
 
 
+def test_the_result_of_a_convolution_is_rounded_with_it() -> None:
+    """Integer kernels of convolutions give integers, and so does what a sum with them reads."""
+    torch.manual_seed(0)
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.one(x).relu()
+            return (self.two(x) + x).relu().mean((2, 3))
+
+    model, plan = Block().eval(), fz.Plan([fz.Input("x", ("batch", 3, 6, 6))], [fz.Quantize()], ())
+    data = [torch.randn(16, 3, 6, 6, generator=torch.Generator().manual_seed(1))]
+    want = model(data[0]).detach()
+    for row in fz.sensitivity(model, plan, calibration=data):
+        alone = rewrite(model, plan.model_copy(update={"steps": (fz.Quantize(row.site),)}), calibration=data)
+        gap = (alone.program.run(data[0])[0] - want).norm()
+        assert row.output_snr == pytest.approx(float(20 * (want.norm() / gap).log10()), abs=0.01)
+
+
 def test_a_score_is_measured_per_layer(net: nn.Module) -> None:
     score = agreement(net)
     rows = fz.sensitivity(net, _plan(fz.Quantize()), calibration=batches(), evaluate=score)
