@@ -73,8 +73,8 @@ def ledger_table(rows: Sequence[Mapping[str, Any]]) -> Table:
 
 def sensitivity_table(rows: Iterable[Mapping[str, Any]]) -> Table:
     """What quantizing each layer alone does to its result and to the outputs."""
-    columns = ["site", "scheme", "own SNR, dB", "outputs' SNR, dB", "predictions stay", "score lost", "saves", "became"]
-    table = _table("sensitivity", columns, right=(2, 3, 4, 5, 6))
+    columns = ["site", "tried", "own dB", "outputs dB", "same", "lost", "saves", "became"]
+    table = _table("sensitivity: SNR of results and outputs, predictions that stay, score", columns, right=range(2, 7))
     for row in rows:
         decibels = ["∞" if row[key] is None else f"{row[key]:.1f}" for key in ("snr", "output_snr")]
         stays = "–" if row["stays"] is None else f"{row['stays']:.2%}"

@@ -84,6 +84,7 @@ class Context:
         evaluate: scores a program, called with flat tensors, by the caller's measure; higher is better.
         sensitivity: measure what quantizing each layer alone does, even where no budget asks for it.
         measured: what that gave.
+        floats: the program before its first layer became integers; None: no pass had to know.
     """
 
     plan: Plan
@@ -94,6 +95,7 @@ class Context:
     evaluate: Callable[[Callable[..., Sequence[Tensor]]], float] | None = None
     sensitivity: bool = False
     measured: list[SiteSensitivity] = field(default_factory=list)
+    floats: Program | None = None
 
     @property
     def calibration(self) -> Calibration:

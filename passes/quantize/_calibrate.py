@@ -46,7 +46,7 @@ def observe(program: Program, ctx: Context, values: Mapping[Node, Method]) -> Se
     """
     from tqdm import tqdm
 
-    observers = {node: Observer(method) for node, method in values.items()}
+    observers = {node: Observer(method, _channel_dim(node)) for node, method in values.items()}
     count = rows = quiet = 0
     with tqdm(ctx.calibration.of(program), desc="calibration", unit="batch", disable=None) as batches:
         for count, inputs in enumerate(batches, 1):  # noqa: B007
@@ -60,6 +60,14 @@ def observe(program: Program, ctx: Context, values: Mapping[Node, Method]) -> Se
             if quiet == _PATIENCE:
                 break
     return Seen(observers, count, rows, quiet >= _PATIENCE)
+
+
+def _channel_dim(value: Node) -> int:
+    """Where the layers that read `value` have its channels, or the layer that gives it."""
+    for operator in map(weight_operator, (*value.users, value, *value.all_input_nodes)):
+        if isinstance(operator, WeightOperator):
+            return -1 - len(operator.kernel)
+    return -1
 
 
 def watched_run(program: Program, inputs: list[Tensor], look: Any) -> None:

@@ -72,7 +72,7 @@ def corrected(program: Program, ctx: Context, layers: Iterable[Layer], batches: 
     def look(node: Node, value: Tensor, compute: Callable[[], Tensor]) -> Tensor:
         result, kernel = compute(), known[node].site.operator.kernel
         gap = (result.double() - known[node].result(value).double()).movedim(-1 - len(kernel), -1)
-        sums[node] += gap.flatten(0, -2).sum(0).cpu()
+        sums[node] += gap.reshape(-1, gap.shape[-1]).sum(0).cpu()
         counts[node] += gap.numel() // gap.shape[-1]
         return result
 

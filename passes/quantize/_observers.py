@@ -37,8 +37,8 @@ class Observer:
     value comes, two bins become one exactly.
     """
 
-    def __init__(self, method: Method) -> None:
-        self.method = method
+    def __init__(self, method: Method, channel: int = -1) -> None:
+        self.method, self.channel = method, channel
         self.low, self.high = math.inf, -math.inf
         self.channels: Tensor | None = None
         self.reach = 0.0
@@ -59,7 +59,7 @@ class Observer:
         return True
 
     def _add_channels(self, value: Tensor) -> None:
-        channel = (1 if value.dim() == 4 else -1) % max(value.dim(), 1)
+        channel = self.channel % max(value.dim(), 1)
         others = [dim for dim in range(value.dim()) if dim != channel]
         largest = value.abs().amax(others).cpu() if others else value.abs().cpu()
         # A last dim that is a length may differ from batch to batch: it is no channel.

@@ -81,7 +81,8 @@ def choose(
                 hint="give evaluate= to fxfreeze.compile, or a budget such as 'snr:20'",
             )  # fmt: skip
         of_step = {site: options for site, options in levels.items() if site.step == step}
-        trials = _Trials(program, ctx, beside)
+        others = {site: level for site, level in chosen.items() if site not in of_step}
+        trials = _Trials(program, ctx, beside, others)
         effects = {(site, level.scheme): trials.effect(site, level)
                    for site, options in of_step.items() for level in options}  # fmt: skip
         if step.budget is not None:
@@ -107,14 +108,23 @@ def layer_seconds(program: Program, ctx: Context, sites: Sequence[Site]) -> dict
     return {site: sorted(found[site.operator.node])[_TIMINGS // 2] for site in sites}
 
 
+def _limits(ctx: Context) -> list[tuple[str, float]]:
+    """The budgets of all steps: each is of the whole model, so that a step may have to make up for others."""
+    return [step.limit for step in ctx.plan.steps if isinstance(step, Quantize) and step.budget is not None]
+
+
 class _Trials:
     """Runs a program with some layers on integers, and compares with its results in floats."""
 
-    def __init__(self, program: Program, ctx: Context, beside: Beside) -> None:
-        self.program, self.evaluate, self.beside = program, ctx.evaluate, beside
+    def __init__(self, program: Program, ctx: Context, beside: Beside, others: Mapping[Site, Level]) -> None:
+        """`others`: what is quantized besides, with no say in it here."""
+        self.program, self.beside, self.others = program, beside, others
+        scored = ctx.sensitivity or any(kind == "drop" for kind, _ in _limits(ctx))
+        self.evaluate = ctx.evaluate if scored else None
         self.inputs = next(iter(ctx.calibration.of(program)))
-        self.truth = program.run(*self.inputs)
-        self.score = None if ctx.evaluate is None else ctx.evaluate(program.run)
+        assert ctx.floats is not None  # quantized_sites has kept it
+        self.now, self.truth = program.run(*self.inputs), ctx.floats.run(*self.inputs)
+        self.score, self.score_now = self._scored(ctx.floats.run), self._scored(program.run)
 
     def effect(self, site: Site, level: Level) -> _Effect:
         own = Tally()
@@ -125,26 +135,37 @@ class _Trials:
             return result
 
         outputs = layer_run(self.program, self.inputs, {site.operator.node}, act, self.beside([site]))
-        return _Effect(own, self._compared(outputs), self.drop({site: level}))
+        return _Effect(own, self._compared(outputs, self.now), self._drop({site: level}, self.score_now))
 
     def noise(self, levels: Mapping[Site, Level]) -> float:
-        """Of the outputs with all of `levels` at once: power of the gap over power of the signal, the worst."""
-        return max(map(_ratio, self._compared(self._run(levels, self.inputs))), default=0.0)
+        """Of the outputs with all of `levels` and all others: power of the gap over power of the signal, the worst."""
+        outputs = self._run({**self.others, **levels}, self.inputs)
+        return max(map(_ratio, self._compared(outputs, self.truth)), default=0.0)
 
     def drop(self, levels: Mapping[Site, Level]) -> float | None:
-        """By how much the score falls."""
-        if self.evaluate is None or self.score is None:
+        """By how much the score falls with all of `levels` and all others."""
+        return self._drop({**self.others, **levels}, self.score)
+
+    def _drop(self, levels: Mapping[Site, Level], score: float | None) -> float | None:
+        found = self._scored(lambda *inputs: self._run(levels, inputs))
+        return None if found is None or score is None else score - found
+
+    def _scored(self, run: Callable[..., Sequence[Tensor]]) -> float | None:
+        if self.evaluate is None:
             return None
-        return self.score - self.evaluate(lambda *inputs: self._run(levels, inputs))
+        found = self.evaluate(run)
+        if math.isnan(found):
+            raise PlanError("the score is NaN", where="evaluate", hint="return a number; higher is better")
+        return found
 
     def _run(self, levels: Mapping[Site, Level], inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
         acts = {site.operator.node: level.act for site, level in levels.items()}
         return layer_run(self.program, inputs, acts, lambda node, value, compute: acts[node](value),
                          self.beside(levels))  # fmt: skip
 
-    def _compared(self, outputs: Sequence[Tensor]) -> list[Tally]:
+    def _compared(self, outputs: Sequence[Tensor], truth: Sequence[Tensor]) -> list[Tally]:
         tallies = []
-        for now, then in zip(outputs, self.truth, strict=True):
+        for now, then in zip(outputs, truth, strict=True):
             tallies.append(Tally())
             tallies[-1].add(now, then, same_predictions(now, then))
         return tallies
@@ -164,12 +185,13 @@ def _within(
         return {site: options[ups[site]] for site, options in levels.items() if ups[site] < len(options)}
 
     def fits(count: int) -> bool:
-        kind, limit = step.limit
-        if kind == "snr":
-            return _decibels(trials.noise(after(count))) >= limit
-        drop = trials.drop(after(count))
-        assert drop is not None  # the pass has seen that there is an evaluation
-        return drop <= limit
+        levels = after(count)
+        for kind, limit in _limits(ctx):
+            if kind == "snr" and _decibels(trials.noise(levels)) < limit:
+                return False
+            if kind == "drop" and ((drop := trials.drop(levels)) is None or drop > limit):
+                return False
+        return True
 
     few, enough = -1, len(moves)
     while enough - few > 1:

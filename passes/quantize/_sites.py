@@ -55,6 +55,8 @@ def quantized_sites(
     Raises:
         PlanError: a step names no layer, or excludes a module that is not there.
     """
+    if ctx.floats is None and (ctx.sensitivity or any(getattr(step, "budget", None) for step in ctx.plan.steps)):
+        ctx.floats = program.clone()
     heads = list(_similarities(program))
     frozen = [head for head in heads if head.target is FROZEN.op and integer_step(program, head, ctx.plan.steps)]
     projections = {arguments(head)["a"] for head in frozen}

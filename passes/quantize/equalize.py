@@ -132,6 +132,8 @@ def _back(program: Program, affine: Affine) -> list[Move] | NoMatch:
     if node.target not in NORMS:
         found = fold_back(program, affine)
         return found if isinstance(found, NoMatch) else [*found]
+    if affine.dim != -1:
+        return fail(f"the channels of {node.name} lie along another dim than the one it norms", node)
     given = arguments(node)
     learnt = [given.get(name) for name in ("weight", "bias")]
     constant = all(item is None or program.constant(item) is not None for item in learnt)

@@ -45,6 +45,12 @@ class QuantizeProducts(Pass):
         found = {
             node: step for node in program.graph.nodes if _computed(node) and (step := _step(program, steps, node))
         }
+        for step in steps:
+            if step not in found.values():
+                ctx.ledger.add(
+                    site="", step=step.name, requested=f"{describe(step)}, products", outcome="skipped",
+                    detail="none of the modules that it names multiplies two values that are both computed",
+                )  # fmt: skip
         if not found:
             return 0
         sides = {side: step for node, step in found.items() for side in node.args[:2]}
@@ -66,10 +72,12 @@ class QuantizeProducts(Pass):
 
     def _write_out(self, program: Program, ctx: Context, step: Quantize, node: Node) -> None:
         given = arguments(node)
-        if given["dropout_p"] or given["enable_gqa"]:
+        constant = not all(_hangs_on_inputs(given[name]) for name in ("query", "key", "value"))
+        if given["dropout_p"] or given["enable_gqa"] or constant:
             ctx.ledger.add(
                 site=program.module_path(node), step=step.name, requested=f"{describe(step)}, products",
-                outcome="refused", detail="attention with dropout, or with fewer heads of keys than of queries",
+                outcome="refused", detail="queries, keys or values are constants" if constant
+                else "attention with dropout, or with fewer heads of keys than of queries",
             )  # fmt: skip
             return
         operands = [given[name] for name in ("query", "key", "value", "attn_mask") if given[name] is not None]
@@ -87,7 +95,11 @@ def _attention(given: dict[str, Any]) -> Callable[..., Tensor]:
             mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
         if mask is not None:
             scores = torch.where(mask, scores, -math.inf) if mask.dtype == torch.bool else scores + mask
-        return torch.matmul(scores.softmax(-1), value)
+        weights = scores.softmax(-1)
+        if mask is not None:  # of a row that sees nothing torch makes zeros
+            seen = mask if mask.dtype == torch.bool else mask > -math.inf
+            weights = torch.where(seen.any(-1, keepdim=True), weights, 0.0)
+        return torch.matmul(weights, value)
 
     return attention
 
@@ -103,15 +115,23 @@ def _computed(node: Node) -> bool:
     if node.target not in PRODUCTS:
         return False
     return all(
-        isinstance(side, Node) and side.op != "get_attr" and side.meta["val"].is_floating_point()
-        and not _from_integers(side) and side.meta["val"].dim() >= 2
+        isinstance(side, Node) and side.meta["val"].is_floating_point() and side.meta["val"].dim() >= 2
+        and _hangs_on_inputs(side)
         for side in node.args[:2]
     )  # fmt: skip
 
 
-def _from_integers(side: Node) -> bool:
-    """Whether it is a weight that was quantized already."""
-    return not any(item.op != "get_attr" for item in side.all_input_nodes)
+def _hangs_on_inputs(value: Node) -> bool:
+    """Whether it is no constant, and not made of constants alone, as a quantized weight is."""
+    seen, stack = set[Node](), [value]
+    while stack:
+        item = stack.pop()
+        if item.op == "placeholder":
+            return True
+        if item not in seen:
+            seen.add(item)
+            stack.extend(item.all_input_nodes)
+    return False
 
 
 def _noise(program: Program, ctx: Context, found: dict[Node, Quantize], scales: dict[Any, Scale]) -> dict[Node, Tally]:

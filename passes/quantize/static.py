@@ -107,7 +107,11 @@ def _summed(result: Node) -> Iterator[Node]:
     """Other operands of the sums that read `result`, and what they give."""
     for total in result.users:
         if total.target is aten.add.Tensor and not total.kwargs and len(total.all_input_nodes) == 2:
-            yield from (side for side in total.all_input_nodes if side is not result and side.op != "get_attr")
+            yield from (
+                side
+                for side in total.all_input_nodes
+                if side is not result and side.op != "get_attr" and side.meta["val"].is_floating_point()
+            )
             yield _result(total)
 
 

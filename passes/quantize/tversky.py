@@ -83,6 +83,8 @@ def codes(measures: Tensor, step: Tensor, zero: Tensor, threshold: float) -> Ten
 def _problem(program: Program, head: Head) -> str | None:
     if head.node.target is not FROZEN.op:
         return "its bank and prototypes were not folded into constant measures"
+    if head.step.budget is not None:
+        return "a budget chooses among layers; name the head in a step of its own, without one"
     how, measures = _combination(head.node), _read(head.node, "measures").meta["val"]
     if measures.device.type != "cpu":
         return "integer similarities have a kernel on CPUs only"

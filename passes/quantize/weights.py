@@ -16,6 +16,8 @@ from ._sites import Site, quantized_sites
 from ._weights import Integers, Layout, computed, nearest, put_integers, quantize_weight, stored_weight
 
 _BITS = {"int8-weight": 8, "int4-weight": 4}
+_FLOATS = 16
+"""More bits than integers have."""
 Compensated = dict[Node, tuple[Integers, str]]
 """Layer → its integers, and words for what they change in its results."""
 
@@ -66,7 +68,14 @@ def _chosen(program: Program, ctx: Context, sites: Sequence[Site], found: Compen
 
     schemes = {"int4-weight": ("int4-weight", "int8-weight"), "int8-weight": ("int8-weight",)}
     levels = {site: [level(site, scheme) for scheme in schemes[site.step.scheme]] for site in sites}
-    return {site: _BITS[chosen.scheme] for site, chosen in choose(program, ctx, levels).items()}
+    bits = {site: _BITS[chosen.scheme] for site, chosen in choose(program, ctx, levels).items()}
+    # A weight that several layers read stays one: with the most bits that any of them needs.
+    most: dict[str, int] = {}
+    for site in sites:
+        name = str(site.operator.weight.target)
+        most[name] = max(most.get(name, 0), bits.get(site, _FLOATS))
+    shared = {site: most[str(site.operator.weight.target)] for site in sites}
+    return {site: count for site, count in shared.items() if count < _FLOATS}
 
 
 def _why_nearest(program: Program, site: Site) -> str | None:

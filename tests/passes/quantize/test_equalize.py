@@ -119,6 +119,28 @@ def test_what_others_read_or_make_stays(name: str, why: str) -> None:
     assert found.program.structural_hash() == done(model, shape).program.structural_hash()
 
 
+@pytest.mark.parametrize("length", [SIZE, 12])
+def test_channels_of_a_1d_convolution_are_no_time_steps(length: int) -> None:
+    """Also where there are as many of both."""
+    torch.manual_seed(0)
+    one, two = nn.Conv1d(3, SIZE, 3, padding=1), nn.Conv1d(SIZE, 4, 3)
+    uneven(one, two)
+    model = Net(lambda m, x: m.two(m.one(x).relu()), one=one, two=two).eval()
+    found = done(model, (3, length), equalize=True)
+    assert told(found, "two")[0] == "rewritten"
+    assert snr(found, model, (3, length)) > snr(done(model, (3, length)), model, (3, length)) + 12
+
+
+def test_a_norm_over_another_dim_stays() -> None:
+    torch.manual_seed(0)
+    one, two = nn.LayerNorm(SIZE), nn.Conv1d(SIZE, 4, 1)
+    with torch.no_grad():
+        two.weight *= FACTORS.reshape(1, -1, 1)
+    outcome, detail = told(done(Net(lambda m, x: m.two(m.one(x)), one=one, two=two).eval(), (SIZE, SIZE),
+                                equalize=True), "two")  # fmt: skip
+    assert outcome == "skipped" and "lie along another dim" in detail
+
+
 def test_even_channels_stay() -> None:
     layers = nn.Sequential(nn.Linear(SIZE, SIZE), nn.ReLU(), nn.Linear(SIZE, SIZE)).eval()
     with torch.no_grad():

@@ -67,6 +67,38 @@ def test_both_sides_of_both_products_are_integers(form: str) -> None:
     assert len(rows) == 2 and all("dB) of its result; ranges of 48 rows" in row.detail for row in rows)
 
 
+def test_a_row_that_sees_nothing_gets_zeros() -> None:
+    class Blind(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(WIDTH, WIDTH)
+
+        def forward(self, x: Tensor) -> Tensor:
+            mask = torch.ones(LENGTH, LENGTH, dtype=torch.bool)
+            mask[2] = False
+            q = self.linear(x).unflatten(2, (HEADS, -1)).transpose(1, 2)
+            return F.scaled_dot_product_attention(q, q, q, attn_mask=mask)
+
+    x, model = batches()[0], Blind().eval()
+    found = rewrite(model, plan(), calibration=batches())
+    want, (got,) = model(x).detach(), found.program.run(x)
+    assert bool((got[:, :, 2] == 0).all()) and float((got - want).norm() / want.norm()) < 0.04
+
+
+def test_keys_that_are_constants_are_refused() -> None:
+    class Memory(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.slots, self.out = nn.Parameter(torch.randn(1, 1, 5, WIDTH)), nn.Linear(WIDTH, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.out(F.scaled_dot_product_attention(x.unsqueeze(1), self.slots, self.slots))
+
+    found = rewrite(Memory().eval(), plan(), calibration=batches())
+    details = [row.detail for row in found.ledger if row.pass_name == "quantize_products"]
+    assert details[0] == "queries, keys or values are constants" and details[1].startswith("none of the modules")
+
+
 def test_without_the_wish_attention_stays_whole() -> None:
     found, _ = done("plain", products=False)
     assert [node.target for node in found.program.graph.nodes].count(aten.scaled_dot_product_attention.default) == 1
@@ -101,3 +133,5 @@ def test_torch_has_no_kernel_for_them() -> None:
 def test_only_static_int8_has_products(step: dict[str, Any]) -> None:
     with pytest.raises(PlanError, match="products"):
         fz.Quantize(products=True, **step)
+    with pytest.raises(PlanError, match="budget: is of layers"):
+        fz.Quantize(products=True, budget="snr:20")

@@ -140,6 +140,52 @@ def test_a_budget_of_the_score(net: nn.Module) -> None:
     assert score(lambda x: found.program.run(x)[0]) >= 0.99 > score(lambda x: every.run(x)[0])
 
 
+def test_budgets_of_several_steps_are_of_the_whole_model(net: nn.Module) -> None:
+    """Each layer alone would keep it, and both together do not."""
+    rows = {row.site: row.output_snr for row in fz.sensitivity(net, _plan(fz.Quantize()), calibration=batches())}
+    limit = min(rows["0"], rows["4"]) - 0.1  # type: ignore[operator, type-var]
+    for modes in (("static", "static"), ("static", "dynamic")):
+        steps = [fz.Quantize(at, mode=mode, budget=f"snr:{limit:.2f}") for at, mode in zip("04", modes, strict=True)]
+        found = rewrite(net, fz.Plan([fz.Input("x", ("batch", SIZE))], steps, ()), calibration=batches())
+        assert snr(found, net) >= limit and floats(found), modes
+
+
+def test_the_score_is_not_asked_for_decibels(net: nn.Module) -> None:
+    asked = []
+
+    def evaluate(call: Any) -> float:
+        asked.append(call)
+        return 1.0
+
+    done(net, fz.Quantize(budget="snr:25"), evaluate=evaluate)
+    assert not asked
+    with pytest.raises(PlanError, match="the score is NaN"):
+        done(net, fz.Quantize(budget="drop:0.1"), evaluate=lambda call: float("nan"))
+
+
+def test_a_weight_that_two_layers_read_stays_one() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.inner, self.head = nn.Embedding(40, 32), nn.Linear(32, 32), nn.Linear(32, 40, bias=False)
+            self.head.weight = self.table.weight
+
+        def forward(self, ids: Tensor) -> Tensor:
+            return self.head(self.inner(self.table(ids)).relu())
+
+    torch.manual_seed(0)
+    model, kinds = Tied().eval(), set()
+    ids = fz.Input("ids", ("batch", 5), dtype="int64", low=0, high=39)
+    data = [torch.randint(0, 40, (16, 5), generator=torch.Generator().manual_seed(1))]
+    for budget in range(10, 40, 2):
+        step = fz.Quantize(scheme="int4-weight", granularity="group:8", budget=f"snr:{budget}")
+        found = rewrite(model, fz.Plan([ids], [step], ()), calibration=data)
+        bits = {row.site: row.executes[:4] for row in found.ledger if row.outcome == "rewritten" and row.executes}
+        assert bits.get("table") == bits.get("head")
+        kinds.add(bits.get("table"))
+    assert {"int4", "int8"} <= kinds
+
+
 def test_a_budget_of_a_score_needs_one(net: nn.Module) -> None:
     with pytest.raises(PlanError, match=r"the budget 'drop:0\.01' is of a score, and there is none"):
         done(net, fz.Quantize(budget="drop:0.01"))
@@ -187,7 +233,7 @@ def test_an_artifact_remembers(net: nn.Module) -> None:
     artifact = fz.compile(net, _plan(fz.Quantize(budget="snr:25")), calibration=batches())
     rows = artifact.sensitivity()
     assert rows[0].site == "2" and [row.chosen for row in rows] == ["float", "int8", "int8"]
-    assert "outputs' SNR, dB" in artifact.report
+    assert "outputs dB" in artifact.report
     plain = fz.compile(net, _plan(fz.Quantize()), calibration=batches())
     with pytest.raises(ArtifactError, match="no sensitivities are recorded"):
         plain.sensitivity()
@@ -211,6 +257,19 @@ def test_what_a_layer_gives_has_its_mean_on_the_calibration_data(net: nn.Module)
     plain, corrected = mean_gap(correct_bias=False).detach(), mean_gap().detach()
     step = float(x.max() / 255 * layer[0].weight.detach().abs().max() / 127)  # type: ignore[operator]
     assert float(corrected.abs().max()) < step < float(plain.abs().max()) / 3
+
+
+def test_a_value_of_one_dim() -> None:
+    class Mean(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(SIZE, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.linear(x.mean(0))
+
+    found, model = done(Mean().eval(), fz.Quantize()), Mean().eval()
+    assert found.program.run(batches()[0])[0].shape == model(batches()[0]).shape
 
 
 def test_a_layer_without_a_bias_stays_without() -> None:
