@@ -67,6 +67,8 @@ def test_scales_that_are_constants_become_numbers(lowering: Lowering, program: P
     targets = [str(node.target) for node in changed.graph.nodes if node.op == "call_function"]
     assert not [name for name in targets if name.startswith("fxfreeze")]
     assert targets.count("quantized_decomposed.quantize_per_tensor.default") == 5
+    # What a linear layer reads on three dims is made dense: torch makes a bmm of other strides, which no pattern knows.
+    assert targets.count("aten.clone.default") == 1
     assert targets.count("quantized_decomposed.dequantize_per_channel.default") == 5
     x = torch.randn(3, 3, 8, 8)
     torch.testing.assert_close(changed.run(x)[0], program.run(x)[0], rtol=1e-5, atol=1e-5)

@@ -55,6 +55,7 @@ def net(name: str) -> tuple[nn.Module, tuple[int, ...]]:
     if "norm" in name:
         one: Any = nn.LayerNorm(SIZE, elementwise_affine="bare" not in name)
         if one.elementwise_affine:
+            nn.init.normal_(one.bias)
             uneven(one, two, three)
         else:  # its result is even, and so the weights are not
             uneven(nn.Linear(1, SIZE), two, three)

@@ -47,6 +47,10 @@ def snr(found: Compilation, model: nn.Module) -> float:
     return float(20 * (want.norm() / (found.program.run(x)[0] - want).norm()).log10().detach())
 
 
+def _stored(found: Compilation) -> list[tuple[str, Tensor]]:
+    return [(name, found.program.state.tensor(name)) for name in found.program.state]
+
+
 def floats(found: Compilation) -> set[str]:
     return {row.site for row in found.ledger if row.detail.startswith("kept in floats for the budget")}
 
@@ -206,17 +210,22 @@ def test_a_budget_gives_weights_of_4_bits_8_where_it_must() -> None:
     data = [torch.randn(64, 32, generator=torch.Generator().manual_seed(1))]
 
     def bits(budget: str | None) -> dict[str, str]:
-        step = fz.Quantize(scheme="int4-weight", granularity="group:8", budget=budget)
+        step = fz.Quantize(scheme="int4-weight", granularity="group:8", budget=budget, compensate=True)
         found = rewrite(model, fz.Plan([fz.Input("x", ("batch", 32))], [step], ()), calibration=data)
+        largest = {
+            name.split(".")[0]: int(value.abs().max()) for name, value in _stored(found) if name.endswith(".int")
+        }
         rows = [row for row in found.ledger if row.outcome == "rewritten"]
         if budget:
             want, got = model(data[0]), found.program.run(data[0])[0]
             assert 20 * float((want.norm() / (got - want).norm()).log10().detach()) >= float(budget[4:])
             assert {row.scheme for row in found.sensitivity} == {"int4-weight", "int8-weight"}
-        return {row.site: row.executes[:4] for row in rows}
+        told = {row.site: row.executes[:4] for row in rows}
+        assert largest == {site: 127 if word == "int8" else 7 for site, word in told.items()}
+        return told
 
     assert bits(None) == dict.fromkeys("012", "int4")
-    assert bits("snr:20") == {"0": "int4", "1": "int8", "2": "int4"}
+    assert bits("snr:23") == {"0": "int4", "1": "int8", "2": "int4"}
     assert bits("snr:38") == dict.fromkeys("012", "int8")
     assert len(bits("snr:60")) < 3
 
