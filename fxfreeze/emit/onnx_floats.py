@@ -1,14 +1,14 @@
 """Where integers meet floats in ONNX: forms that ONNX Runtime runs as they are written.
 
-Between integers it would quantize a weight that is to stay in floats, and in front of a ReLU in floats it would compute
-a product of integers in floats.
+Between integers it would quantize a weight that is to stay in floats; in front of a ReLU in floats it would compute a
+product of integers in floats, and a product of floats with a weight of integers in front of what is quantized.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from .onnx_graph import constant, is_weight
+from .onnx_graph import constant, describe, is_weight
 
 
 def would_be_quantized(node: Any) -> bool:
@@ -43,20 +43,52 @@ def read_by_channel(graph: Any, node: Any) -> None:
     node.replace_input_with(0, own.outputs[0])
 
 
-def part_from_relu(graph: Any, gemm: Any) -> None:
-    import numpy
-    import onnx_ir
+def computes_in_floats(node: Any) -> bool:
+    """A product of floats with a weight of integers."""
+    if node.op_type not in ("MatMul", "Gemm"):
+        return False
+    source, weight = (value.producer() for value in node.inputs[:2])
+    return weight is not None and is_weight(weight) and (source is None or source.op_type != "DequantizeLinear")
 
+
+def part_from_quantize(graph: Any, product: Any) -> None:
+    """Put a Max with the smallest number, or with 0 for a ReLU, between the product and what quantizes its result."""
+    import numpy
+
+    value = product.outputs[0]
+    readers = [reader for reader, _ in value.uses()]
+    if len(readers) == 1 and readers[0].op_type == "Relu":
+        after = [reader for reader, _ in readers[0].outputs[0].uses()]
+        if [reader.op_type for reader in after] == ["QuantizeLinear"]:
+            _as_max(graph, product, readers[0])
+    elif [reader.op_type for reader in readers] == ["QuantizeLinear"]:
+        import onnx_ir
+
+        dtype = product.inputs[1].producer().inputs[1].const_value.numpy().dtype
+        least = constant(graph, f"{product.name}.least", numpy.array(numpy.finfo(dtype).min, dtype))
+        kept = onnx_ir.node("Max", inputs=[value, least], name=f"{product.name}.kept")
+        describe(kept, f"{value.name}.kept", value)
+        graph.insert_before(readers[0], kept)
+        readers[0].replace_input_with(0, kept.outputs[0])
+
+
+def part_from_relu(graph: Any, gemm: Any) -> None:
+    """Let a ReLU whose result stays in floats be a Max with 0."""
     weight, readers = gemm.inputs[1].producer(), [reader for reader, _ in gemm.outputs[0].uses()]
     if weight is None or not is_weight(weight) or [reader.op_type for reader in readers] != ["Relu"]:
         return
-    (relu,) = readers
-    if {reader.op_type for reader, _ in relu.outputs[0].uses()} == {"QuantizeLinear"}:
-        return
-    zero = constant(graph, f"{gemm.name}.zero", numpy.zeros((), weight.inputs[1].const_value.numpy().dtype))
-    largest = onnx_ir.node("Max", inputs=[gemm.outputs[0], zero], name=relu.name)
-    result, relu_result = largest.outputs[0], relu.outputs[0]
-    result.shape, result.type, result.name = relu_result.shape, relu_result.type, relu_result.name
+    if {reader.op_type for reader, _ in readers[0].outputs[0].uses()} != {"QuantizeLinear"}:
+        _as_max(graph, gemm, readers[0])
+
+
+def _as_max(graph: Any, product: Any, relu: Any) -> None:
+    import numpy
+    import onnx_ir
+
+    dtype = product.inputs[1].producer().inputs[1].const_value.numpy().dtype
+    zero = constant(graph, f"{product.name}.zero", numpy.zeros((), dtype))
+    largest = onnx_ir.node("Max", inputs=[product.outputs[0], zero], name=relu.name)
+    describe(largest, relu.outputs[0].name, relu.outputs[0])
     graph.insert_before(relu, largest)
-    relu_result.replace_all_uses_with(result, replace_graph_outputs=True)
+    relu.outputs[0].replace_all_uses_with(largest.outputs[0], replace_graph_outputs=True)
     graph.remove(relu, safe=True)

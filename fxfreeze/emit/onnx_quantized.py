@@ -15,7 +15,7 @@ from typing import Any
 from ..kernels.dequantize import KERNEL as DEQUANTIZE
 from ..kernels.quantize import KERNEL as QUANTIZE
 from .onnx_dynamic import PRODUCT, to_dynamic
-from .onnx_floats import part_from_relu, read_by_channel, would_be_quantized
+from .onnx_floats import computes_in_floats, part_from_quantize, part_from_relu, read_by_channel, would_be_quantized
 from .onnx_graph import constant, describe, drop_unread, is_weight, pack, set_number
 from .onnx_lookups import look_up
 
@@ -63,8 +63,8 @@ def shape_for_runtime(graph: Any, products: int = 0) -> list[str]:
         Names of the nodes that read a quantized weight, in the order of the graph; and of those products, unless there
         are others of two values that are read as integers, so that it is not known which are meant.
     """
-    _split(graph)
     weights = [node for node in graph.all_nodes() if is_weight(node)]
+    weights += _split(graph, weights)
     packed: dict[int, Any] = {}
     lookups = {found.name for node in weights if (found := look_up(graph, node, packed)) is not None}
     weights = [node for node in weights if node.graph is not None]
@@ -76,7 +76,9 @@ def shape_for_runtime(graph: Any, products: int = 0) -> list[str]:
     for node in list(graph.all_nodes()):
         if would_be_quantized(node):
             read_by_channel(graph, node)
-        elif node.op_type == "Gemm":
+        if computes_in_floats(node):
+            part_from_quantize(graph, node)
+        if node.op_type == "Gemm":
             _integer_bias(graph, node)
             part_from_relu(graph, node)
     readers = lookups | dynamic | {reader.name for node in weights for reader, _ in node.outputs[0].uses()}
@@ -132,16 +134,29 @@ def _is_product(node: Any) -> bool:
     )
 
 
-def _split(graph: Any) -> None:
-    """Give every reader of a weight its own DequantizeLinear: each is changed for what reads it."""
+def _split(graph: Any, weights: Sequence[Any]) -> list[Any]:
+    """Give every reader of a weight its own DequantizeLinear, the new ones: each is changed for what reads it.
+
+    What reads it through a Transpose gets its own of these, too.
+    """
     import onnx_ir
 
-    for node in [node for node in graph.all_nodes() if is_weight(node)]:
+    new = []
+    for node in weights:
+        for turned in [reader for reader, _ in node.outputs[0].uses() if reader.op_type == "Transpose"]:
+            for reader, index in list(turned.outputs[0].uses())[1:]:
+                twin = onnx_ir.node("Transpose", inputs=list(turned.inputs), attributes=dict(turned.attributes))
+                describe(twin, f"{turned.outputs[0].name}_{reader.name}_{index}", turned.outputs[0])
+                twin.name = twin.outputs[0].name
+                graph.insert_before(reader, twin)
+                reader.replace_input_with(index, twin.outputs[0])
         for reader, index in list(node.outputs[0].uses())[1:]:
             twin = onnx_ir.node("DequantizeLinear", inputs=list(node.inputs), attributes=dict(node.attributes))
             describe(twin, f"{node.outputs[0].name}_{reader.name}_{index}", node.outputs[0])
             graph.insert_before(reader, twin)
             reader.replace_input_with(index, twin.outputs[0])
+            new.append(twin)
+    return new
 
 
 def _transpose(graph: Any, node: Any) -> None:
@@ -160,7 +175,11 @@ def _transpose(graph: Any, node: Any) -> None:
 
 
 def _turn(graph: Any, node: Any) -> None:
-    """Transposed constants; of a table that rows are looked up in, too, ONNX Runtime makes these."""
+    """Transposed constants; of a table that rows are looked up in, too, ONNX Runtime makes these.
+
+    A weight that two products read is stored twice, with its scales: of one that both share ONNX Runtime makes no
+    MatMulNBits.
+    """
     import numpy
     import onnx_ir
 
@@ -170,6 +189,8 @@ def _turn(graph: Any, node: Any) -> None:
         if shared and not value.shape:  # past a scale for all ONNX Runtime would move the Transpose, to the product
             every = numpy.full(outputs, value.const_value.numpy())
             node.replace_input_with(index, constant(graph, f"{value.name}.all", every))
+        if len(value.shape) == 1 and not shared and len(list(value.uses())) > 1:
+            node.replace_input_with(index, constant(graph, f"{value.name}.own", value.const_value.numpy()))
         if len(value.shape) != 2:
             continue
         if shared:

@@ -240,3 +240,33 @@ def test_a_lookup_of_floats_is_none_of_integers(tmp_path: Path) -> None:
     model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 21)], ir_version=10)
     onnx.save(model, tmp_path / "model.onnx")
     assert onnx_quantized.kernels(tmp_path / "model.onnx", ["lookup"]) == [None]
+
+
+@pytest.mark.parametrize("between", [nn.ReLU(), nn.Identity(), nn.GELU()])
+@pytest.mark.parametrize("shape", [(32,), (3, 32)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_weight_alone_in_front_of_a_layer_on_integers(between: nn.Module, shape: tuple[int, ...], bias: bool) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(32, 64, bias=bias), between, nn.Linear(64, 8)).eval()
+    steps = [fz.Quantize("0", scheme="int8-weight"), fz.Quantize("2")]
+    data = [torch.randn(16, *shape, generator=torch.Generator().manual_seed(1))]
+    artifact = fz.compile(model, fz.Plan([fz.Input("x", ("batch", *shape))], steps, ["onnx"]), calibration=data)
+    assert executes(artifact)["0"] == "integer-executed by MatMulNBits in onnx"
+    want = model(data[0]).detach()
+    assert float((artifact(data[0]) - want).norm() / want.norm()) < 0.03
+
+
+@pytest.mark.parametrize(("scheme", "granularity"), [("int8-weight", "channel"), ("int4-weight", "group:32")])
+def test_a_layer_that_is_called_twice(scheme: str, granularity: str) -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(32, 32)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(self.layer(x).tanh())
+
+    for shape in ((32,), (3, 32)):
+        artifact = compiled(fz.Quantize(scheme=scheme, granularity=granularity), Twice(), shape)
+        ran = [row["executes"] for row in artifact.manifest["ledger"] if row["executes"].endswith("in onnx")]
+        assert ran == ["integer-executed by MatMulNBits in onnx"] * 2
