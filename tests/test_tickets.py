@@ -233,12 +233,14 @@ def test_killed_at_every_write_it_goes_on_and_finds_the_same(
 
 
 SCRIPT = """
-    import os, random, signal, sys, time
+    import os, random, signal, sys, threading, time
     import torch
+    from tqdm import tqdm
     sys.path.insert(0, sys.argv[1])
     import test_tickets as t
     from pathlib import Path
     torch.set_num_threads(1)
+    tqdm.set_lock(threading.RLock())  # its own is shared with forks: one that dies with it blocks all
     folder, moments = Path(sys.argv[2]), random.Random(0)
     for name in ("first", "second"):  # torch is slow the first time
         started = time.monotonic()
