@@ -178,10 +178,11 @@ class _Inputs:
         return cls(flat_examples(plan, examples), *rest)
 
     def context(self, program: Program, plan: Plan, ledger: Ledger) -> Context:
-        evaluate, interface = self.evaluate, Interface.of(program)
-        scored = None if evaluate is None else lambda run: float(evaluate(nested(interface, run)))
-        given = Calibration(plan, self.batches, self.examples)
-        return Context(plan, ledger, given=given, evaluate=scored, sensitivity=self.sensitivity)
+        ctx = Context(plan, ledger, given=Calibration(plan, self.batches, self.examples), sensitivity=self.sensitivity)
+        if (evaluate := self.evaluate) is not None:
+            interface = Interface.of(program)
+            ctx.evaluate = lambda run: float(evaluate(nested(interface, run)))
+        return ctx
 
 
 def _rewrite_plain(model: nn.Module, plan: Plan, inputs: _Inputs, verify: Verify, say: Progress) -> Compilation:

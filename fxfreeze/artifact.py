@@ -49,7 +49,7 @@ from .locks import alone
 from .lower import Lowering
 from .packed import READERS
 from .plan import Gate, LoRA, Plan, Quantize
-from .program import Program, integer_sites
+from .program import Program, integer_layers
 from .sensitivity import SiteSensitivity, ranked
 from .serialize import WEIGHTS_FILE, Interface, dense_bytes, load_program, save_program
 
@@ -535,7 +535,7 @@ def _executed(program: Program, plan: Plan, facts: dict[str, Any]) -> list[dict[
     steps = {step.name: step for step in plan.steps if isinstance(step, Quantize)}
     rows, refused = [], []
     for target, told in facts.items():
-        silent = [[site.path, site.step, None] for site in integer_sites(program)]
+        silent = [[site.path, site.step, None] for site in integer_layers(program).values()]
         for path, name, kernel in told.pop("integer", silent):
             executes = f"integer-executed by {kernel} in {target}" if kernel else f"simulated in {target}"
             detail = "its weight is read as integers, sums are in floats" if kernel in READERS else ""

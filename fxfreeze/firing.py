@@ -92,7 +92,7 @@ def fired(program: Program, rows: Sequence[Mapping[str, Any]], inputs: Sequence[
             found[row["site"]] = _whole(fires, row)
         return result
 
-    program.execute(inputs, lambda node: program.state[str(node.target)].to(node.meta["val"].dtype), call)
+    program.execute(inputs, program.stored, call)
     return found
 
 

@@ -27,13 +27,13 @@ from .exporting import quiet
 from .kernels.dequantize import KERNEL as DEQUANTIZE
 from .kernels.quantize import KERNEL as QUANTIZE
 from .kernels.tversky_integer import KERNEL as HEAD
-from .program import INTEGERS, Program, on_cpu
+from .program import Program, integer_layers, on_cpu
 
 _HOMES = ("torch._inductor.fx_passes.quantization", "torchao.quantization.pt2e.inductor_passes.x86")
 _REGISTER = "_register_quantization_weight_pack_pass"
 OPERATORS = (QUANTIZE.op, DEQUANTIZE.op)
 _CLONE = torch.ops.aten.clone.default
-_CALL = re.compile(r"aoti_torch_cpu__(qconv|qlinear)\w*\(")
+CALL = re.compile(r"aoti_torch_cpu__(qconv|qlinear)\w*\(")
 HEAD_CALL = re.compile(rf"AOTI_TORCH_ERROR_CODE_CHECK\(aoti_torch_cpu_{HEAD.name}_native\(")
 
 
@@ -75,15 +75,14 @@ def executed(
         weights: layers of which the weight alone is read as integers, and what does that; see :mod:`fxfreeze.packed`.
         heads: the same of Tversky heads' kernel; None: the operator is called as it stands in the graph.
     """
-    layers = [node for node in program.graph.nodes if INTEGERS in node.meta]
+    layers = integer_layers(program)
     # Of a product of two computed values Inductor makes no integer kernel.
-    reading = {node for node in layers if not node.meta[INTEGERS].product and _reads_grid(program, node)}
+    reading = {node for node in layers if not layers[node].product and _reads_grid(program, node)}
     similarities = set(filter(is_head, layers))
     ran = {**weights, **(dict.fromkeys(reading, "oneDNN") if calls == len(reading) else {})}
     if heads is None or heads == len(similarities):
         ran |= dict.fromkeys(similarities, HEAD.name)
-    found = [(node.meta[INTEGERS], ran.get(node)) for node in layers]
-    return {"integer": [[site.path, site.step, kernel] for site, kernel in found]} if found else {}
+    return {"integer": [[site.path, site.step, ran.get(node)] for node, site in layers.items()]} if layers else {}
 
 
 def is_head(node: Node) -> bool:
@@ -113,12 +112,12 @@ def count_lowered() -> int:
     return sum(found[name] for name in list(found) if re.match(r"q(conv|linear).*_lower_count$", name))
 
 
-def count_calls(package: Path, calls: re.Pattern[str] = _CALL) -> int:
-    """How many calls of oneDNN's integer kernels, or of others, the C++ in an AOTInductor package makes."""
+def count_calls(package: Path, *calls: re.Pattern[str]) -> list[int]:
+    """How many calls that each pattern finds the C++ in an AOTInductor package makes."""
     with zipfile.ZipFile(package) as archive:
         sources = [archive.read(name).decode(errors="replace") for name in archive.namelist() if name.endswith(".cpp")]
     # A declaration has a type in front; a call stands within the macro that checks its result.
-    return sum(len(calls.findall(source)) for source in sources)
+    return [sum(len(pattern.findall(source)) for source in sources) for pattern in calls]
 
 
 def _replacement(program: Program, node: Node) -> tuple[Any, tuple[Any, ...]]:

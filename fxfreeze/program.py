@@ -173,6 +173,10 @@ class Program:
         value = self.constant(node)
         return None if value is None else lift(value)
 
+    def stored(self, node: Node) -> torch.Tensor:
+        """The tensor behind a ``get_attr`` node in the dtype that it is stored in: the `load` of :meth:`execute`."""
+        return self.state[str(node.target)].to(node.meta["val"].dtype)
+
     def module_path(self, node: Node) -> str:
         """Path of the module whose forward made `node`, as the user knows it; "" for the model itself."""
         stack = node.meta.get("nn_module_stack") or {}
@@ -511,7 +515,7 @@ class Program:
         """Run in the storage dtypes: flat tensors in, flat tuple out."""
         return self.execute(
             inputs,
-            lambda node: self.state[str(node.target)].to(node.meta["val"].dtype),
+            self.stored,
             lambda node, args, kwargs: node.target(*args, **kwargs),  # type: ignore[operator]
         )
 
@@ -540,9 +544,9 @@ def on_cpu(specs: Sequence[TensorSpec]) -> bool:
     return all(spec.device.type == "cpu" for spec in specs)
 
 
-def integer_sites(program: Program) -> list[IntegerSite]:
+def integer_layers(program: Program) -> dict[Node, IntegerSite]:
     """Every quantized layer, in graph order."""
-    return [node.meta[INTEGERS] for node in program.graph.nodes if INTEGERS in node.meta]
+    return {node: node.meta[INTEGERS] for node in program.graph.nodes if INTEGERS in node.meta}
 
 
 def lifted_call(node: Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -49,21 +49,29 @@ def pruned_words(weight: Tensor | None, mask: Tensor) -> str:
     return f"density {tally.hits / max(tally.count, 1):.2%}, {tally.words}"
 
 
-@torch.no_grad()
-def constant_value(program: Program, node: Node) -> Tensor | None:
-    """The value of `node` in the dtypes that it is computed in; None: it hangs on inputs."""
-    known: dict[Node, Tensor] = {}
-    cone, stack = dict[Node, None](), [node]
+def constant_cone(node: Node) -> set[Node] | None:
+    """`node` and all that it is computed from; None: an input is among that."""
+    cone, stack = set[Node](), [node]
     while stack:
         item = stack.pop()
         if item.op == "placeholder":
             return None
         if item not in cone:
-            cone[item] = None
+            cone.add(item)
             stack.extend(item.all_input_nodes)
+    return cone
+
+
+@torch.no_grad()
+def constant_value(program: Program, node: Node) -> Tensor | None:
+    """The value of `node` in the dtypes that it is computed in; None: it hangs on inputs."""
+    cone = constant_cone(node)
+    if cone is None:
+        return None
+    known: dict[Node, Tensor] = {}
     for item in [item for item in program.graph.nodes if item in cone]:
         if item.op == "get_attr":
-            known[item] = program.state[str(item.target)].to(item.meta["val"].dtype)
+            known[item] = program.stored(item)
         else:
             args, kwargs = map_arg((item.args, dict(item.kwargs)), known.__getitem__)
             known[item] = item.target(*args, **kwargs)

@@ -24,9 +24,9 @@ from torch import Tensor
 from .. import packed
 from ..errors import ArtifactError
 from ..exporting import quiet
-from ..integers import HEAD_CALL, count_calls, executed
+from ..integers import CALL, HEAD_CALL, count_calls, executed
 from ..lower import Lowering, emit_error, shims
-from ..program import on_cpu
+from ..program import integer_layers, on_cpu
 from ..serialize import Interface
 from .runner import Runner
 
@@ -53,9 +53,10 @@ def emit(lowering: Lowering, folder: Path) -> dict[str, Any]:
         path.unlink(missing_ok=True)
         raise emit_error("AOTInductor cannot compile the program", error) from error
     facts: dict[str, Any] = {"freezing": configs["freezing"]}  # the compiler adds settings of its own to configs
-    calls, heads = count_calls(path), count_calls(path, HEAD_CALL)
-    unpacked = packed.executed(lowering.program, count_calls(path, packed.CALL))
-    return facts | executed(lowering.program, calls, unpacked, heads)
+    if not integer_layers(lowering.program):
+        return facts
+    calls, heads, products = count_calls(path, CALL, HEAD_CALL, packed.CALL)
+    return facts | executed(lowering.program, calls, packed.executed(lowering.program, products), heads)
 
 
 def load(folder: Path, interface: Interface) -> Runner:

@@ -25,7 +25,7 @@ from ..errors import ArtifactError, EmitError, MissingDependencyError
 from ..exporting import quiet
 from ..integers import is_head
 from ..lower import Lowering, emit_error
-from ..program import INTEGERS, Program, TensorSpec
+from ..program import Program, TensorSpec, integer_layers
 from ..sampling import sample_inputs, tracing_sizes
 from ..serialize import Interface
 from . import onnx_heads, onnx_quantized
@@ -71,12 +71,12 @@ def _kernels(program: Program, folder: Path, layers: Sequence[str], sums: Sequen
 
     The sums of all Tversky heads count as one: which belongs to which is not looked at.
     """
-    nodes = [node for node in program.graph.nodes if INTEGERS in node.meta]
-    if not nodes:
+    sites = integer_layers(program)
+    if not sites:
         return {}
-    counted = [node for node in nodes if not is_head(node)]
+    counted = [node for node in sites if not is_head(node)]
     if len(counted) > len(layers):  # the products are missing
-        counted = [node for node in counted if not node.meta[INTEGERS].product]
+        counted = [node for node in counted if not sites[node].product]
     count = len(counted)
     if count != len(layers):
         raise EmitError(f"{count} quantized layers became {len(layers)} in ONNX", where=FILE)
@@ -85,8 +85,8 @@ def _kernels(program: Program, folder: Path, layers: Sequence[str], sums: Sequen
     known = sorted({kernel for kernel in of_heads if kernel is not None})
     head = " and ".join(known) if known and None not in of_heads else None
     ran_by = {node: next(of_layers) for node in counted}
-    sites = [(node.meta[INTEGERS], head if is_head(node) else ran_by.get(node)) for node in nodes]
-    return {"integer": [[site.path, site.step, kernel] for site, kernel in sites]}
+    return {"integer": [[site.path, site.step, head if is_head(node) else ran_by.get(node)]
+                        for node, site in sites.items()]}  # fmt: skip
 
 
 def load(folder: Path, interface: Interface) -> OnnxRunner:
@@ -115,7 +115,7 @@ def _convert(lowering: Lowering, folder: Path, opset: int) -> tuple[dict[str, An
     _name_dims(model.graph, program.inputs)
     _strip(model)
     sums = onnx_heads.integer_sums(model.graph) if any(map(is_head, program.graph.nodes)) else []
-    asked = sum(node.meta[INTEGERS].product for node in program.graph.nodes if INTEGERS in node.meta)
+    asked = sum(site.product for site in integer_layers(program).values())
     layers = onnx_quantized.shape_for_runtime(model.graph, asked)
     _add_defaults(model.graph, lowering.defaults)
     size = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .onnx_graph import constant, describe, is_weight
+from .onnx_graph import constant, describe, is_weight, number
 
 
 def would_be_quantized(node: Any) -> bool:
@@ -29,9 +29,9 @@ def read_by_channel(graph: Any, node: Any) -> None:
 
     source, weight = node.inputs[0].producer(), node.inputs[1].const_value.shape
     if node.op_type == "Conv":
-        channels = weight[1] * (node.attributes["group"].as_int() if "group" in node.attributes else 1)
+        channels = weight[1] * max(number(node, "group"), 1)
     else:
-        transposed = node.op_type == "Gemm" and node.attributes["transB"].as_int()
+        transposed = node.op_type == "Gemm" and number(node, "transB")
         channels = weight[1 if transposed else 0]
     scales = [
         constant(graph, f"{value.name}.each", numpy.repeat(value.const_value.numpy(), channels))

@@ -91,7 +91,7 @@ def _value(program: Program, node: Node, env: dict[Node, Any]) -> Any:
             stack += [(operand, False) for operand in item.all_input_nodes]
     for item in cone:
         if item.op == "get_attr":
-            env[item] = program.state[str(item.target)].to(item.meta["val"].dtype)
+            env[item] = program.stored(item)
             continue
         args, kwargs = map_arg((item.args, dict(item.kwargs)), lambda old: env[old])
         if any(env[operand] is None for operand in item.all_input_nodes) or _is_heavy(item):

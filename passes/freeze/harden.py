@@ -99,6 +99,4 @@ class _Measurement:
                 self.sites[index[node]].add(KERNEL.op(**given), result, fires(**asked))
             return result
 
-        return self.soft.execute(
-            inputs, lambda node: self.soft.state[str(node.target)].to(node.meta["val"].dtype), call
-        )
+        return self.soft.execute(inputs, self.soft.stored, call)

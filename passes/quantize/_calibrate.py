@@ -80,7 +80,7 @@ def watched_run(program: Program, inputs: list[Tensor], look: Any) -> None:
         look(node, result)
         return result
 
-    program.execute(inputs, lambda node: program.state[str(node.target)].to(node.meta["val"].dtype), call)
+    program.execute(inputs, program.stored, call)
 
 
 @torch.no_grad()
@@ -94,23 +94,20 @@ def layer_run(
     Args:
         after: what is done to other values, and to results, before they are read.
     """
-    after = after or {}
-
-    def identity(value: Any) -> Any:
-        return value
 
     def call(node: Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         def compute() -> Any:
             return node.target(*args, **kwargs)  # type: ignore[operator]
 
-        finish = after.get(node, identity)
         if node not in layers:
-            return finish(compute())
-        operator = weight_operator(node)
-        assert isinstance(operator, WeightOperator)
-        return finish(act(node, args[node.args.index(operator.input)], compute))
+            result = compute()
+        else:
+            operator = weight_operator(node)
+            assert isinstance(operator, WeightOperator)
+            result = act(node, args[node.args.index(operator.input)], compute)
+        return after[node](result) if after and node in after else result
 
-    return program.execute(inputs, lambda node: program.state[str(node.target)].to(node.meta["val"].dtype), call)
+    return program.execute(inputs, program.stored, call)
 
 
 def _look(program: Program, observers: Mapping[Node, Observer], node: Node, value: Any) -> None:

@@ -16,7 +16,7 @@ from fxfreeze.program import INTEGERS, IntegerSite, Program
 from fxfreeze.rewrite import Context, Pass
 
 from .._adapters import addresses, describe
-from .._measured import Tally, measure_outputs
+from .._measured import Tally, constant_cone, measure_outputs
 from .._operators import arguments, aten
 from ._activations import Scale, add_scale, quantized, scale_of
 from ._calibrate import observe, watched_run
@@ -72,7 +72,7 @@ class QuantizeProducts(Pass):
 
     def _write_out(self, program: Program, ctx: Context, step: Quantize, node: Node) -> None:
         given = arguments(node)
-        constant = not all(_hangs_on_inputs(given[name]) for name in ("query", "key", "value"))
+        constant = any(constant_cone(given[name]) is not None for name in ("query", "key", "value"))
         if given["dropout_p"] or given["enable_gqa"] or constant:
             ctx.ledger.add(
                 site=program.module_path(node), step=step.name, requested=f"{describe(step)}, products",
@@ -116,22 +116,9 @@ def _computed(node: Node) -> bool:
         return False
     return all(
         isinstance(side, Node) and side.meta["val"].is_floating_point() and side.meta["val"].dim() >= 2
-        and _hangs_on_inputs(side)
+        and constant_cone(side) is None
         for side in node.args[:2]
     )  # fmt: skip
-
-
-def _hangs_on_inputs(value: Node) -> bool:
-    """Whether it is no constant, and not made of constants alone, as a quantized weight is."""
-    seen, stack = set[Node](), [value]
-    while stack:
-        item = stack.pop()
-        if item.op == "placeholder":
-            return True
-        if item not in seen:
-            seen.add(item)
-            stack.extend(item.all_input_nodes)
-    return False
 
 
 def _noise(program: Program, ctx: Context, found: dict[Node, Quantize], scales: dict[Any, Scale]) -> dict[Node, Tally]:

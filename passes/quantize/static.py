@@ -13,6 +13,7 @@ from fxfreeze.program import Program
 from fxfreeze.rewrite import Context, Pass
 
 from .._adapters import describe
+from .._heads import is_static
 from .._measured import Tally, measure_outputs
 from .._operators import aten
 from ._activations import Scale, add_scale, quantized, scale_of
@@ -39,7 +40,7 @@ class QuantizeStatic(Pass):
     name, stage, exact = "quantize_static", "quantize", False
 
     def run(self, program: Program, ctx: Context) -> int:
-        sites = quantized_sites(program, ctx, lambda step: step.scheme == "int8" and step.mode == "static", _problem)
+        sites = quantized_sites(program, ctx, is_static, _problem)
         if not sites:
             return 0
         before = program.clone()

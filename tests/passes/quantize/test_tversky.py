@@ -165,7 +165,7 @@ def test_objects_without_any_feature_are_no_trouble() -> None:
     done = compiled(net, fz.Quantize("head"))
     assert called(done, INTEGER)
     x = batches()[0]
-    torch.testing.assert_close(done.program.run(x)[0], net(x), rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(done.program.run(x)[0], net(x), rtol=2e-3, atol=2e-3)
 
 
 def test_half_precision_is_computed_in_float32_and_rounded_once() -> None:
