@@ -1,14 +1,17 @@
-"""`python -m benchmarks list | run NAME | table FILE`, from the repository root."""
+"""`python -m benchmarks list | run NAME | suite | table FILE`, from the repository root."""
 
 from __future__ import annotations
 
 import ast
 import fnmatch
+import functools
 import importlib
 import os
 import shlex
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -19,7 +22,7 @@ from rich.table import Table
 
 if TYPE_CHECKING:
     from .harness import Case, Options
-    from .harness.runner import Measurement
+    from .harness.runner import Measurement, Runner
 
 FOLDER = Path(__file__).resolve().parent
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
@@ -28,14 +31,29 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, help="Measure fxfr
 console = Console(width=None if sys.stdout.isatty() else 140)
 
 
-def benchmarks() -> dict[str, str]:
-    """The files beside this one that define `cases`: name -> the first line of what the file says of itself."""
+@dataclass(frozen=True)
+class Benchmark:
+    """A file beside this one that defines `cases`: the first line of what it says of itself, and its `SUITE`."""
+
+    text: str
+    suite: str | None
+
+
+def benchmarks() -> dict[str, Benchmark]:
+    """All of them, by name; none is imported."""
     found = {}
     for path in sorted(FOLDER.glob("*.py")):
         tree = ast.parse(path.read_text(encoding="utf-8"))
         if any(isinstance(node, ast.FunctionDef) and node.name == "cases" for node in tree.body):
-            found[path.stem] = (ast.get_docstring(tree) or "").partition("\n")[0]
+            found[path.stem] = Benchmark((ast.get_docstring(tree) or "").partition("\n")[0], _suite(tree))
     return found
+
+
+def _suite(tree: ast.Module) -> str | None:
+    for node in tree.body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "SUITE":
+            return str(ast.literal_eval(node.value))
+    return None
 
 
 def fail(message: str) -> typer.Exit:
@@ -46,8 +64,9 @@ def fail(message: str) -> typer.Exit:
 @app.command("list")
 def list_() -> None:
     """Name the benchmarks, with the first line of what each says of itself."""
-    for name, text in benchmarks().items():
-        console.print(f"[bold]{name}[/bold]  {escape(text)}", highlight=False, soft_wrap=True)
+    for name, found in benchmarks().items():
+        suite = f" ({found.suite})" if found.suite else ""
+        console.print(f"[bold]{name}[/bold]{suite}  {escape(found.text)}", highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -62,15 +81,24 @@ def table(file: Annotated[Path, typer.Argument(help="a result file")]) -> None:
         raise fail(str(error)) from error
 
 
+Quick = Annotated[bool, typer.Option(help="small and few; writes nothing without --out")]
+Rounds = Annotated[int | None, typer.Option(min=1, help="rounds per case")]
+CaseGlob = Annotated[str, typer.Option("--case", "--only", help="a glob over the names of cases")]
+PeerGlob = Annotated[str, typer.Option("--peer", help="a glob over the names of peers; the baseline is always there")]
+Threads = Annotated[int | None, typer.Option(min=1, help="default: all cores")]
+Seed = Annotated[int, typer.Option(help="of models, inputs and the order of the rounds")]
+
+
 @app.command()
 def run(
     name: Annotated[str, typer.Argument(help="a name that `list` shows")],
-    quick: Annotated[bool, typer.Option(help="small and few; writes nothing without --out")] = False,
-    rounds: Annotated[int | None, typer.Option(min=1, help="rounds per case")] = None,
+    quick: Quick = False,
+    rounds: Rounds = None,
     out: Annotated[Path | None, typer.Option(help="default: benchmarks/results/NAME.jsonl")] = None,
-    only: Annotated[str, typer.Option(help="a glob over the names of cases")] = "*",
-    threads: Annotated[int | None, typer.Option(min=1, help="default: all cores")] = None,
-    seed: Annotated[int, typer.Option(help="of models, inputs and the order of the rounds")] = 0,
+    case: CaseGlob = "*",
+    peer: PeerGlob = "*",
+    threads: Threads = None,
+    seed: Seed = 0,
 ) -> None:
     """Run a benchmark.
 
@@ -78,62 +106,120 @@ def run(
     """
     if name not in benchmarks():
         raise fail(f"no benchmark is named {name!r}; there are {', '.join(benchmarks())}")
-    count = threads or os.cpu_count() or 1
-    os.environ.update(dict.fromkeys(THREAD_VARIABLES, str(count)))  # read on torch's and numpy's first import
-    import torch
-
-    from .harness import Options, record
-
-    torch.set_num_threads(count)
-    if out is None and not quick and only == "*":
-        out = record.RESULTS / f"{name}.jsonl"
-    given = {"--rounds": rounds, "--only": only if only != "*" else None, "--threads": count, "--seed": seed}
-    words = ["python -m benchmarks run", name, *(["--quick"] if quick else [])]
-    words += [f"{option} {shlex.quote(str(value))}" for option, value in given.items() if value is not None]
-    shared = record.environment(name, quick=quick, seed=seed, command=" ".join(words))
-    measured = _measure(selected(name, Options(seed=seed, quick=quick), only), shared, out, rounds)
+    request = Request(pin_threads(threads), seed, quick, rounds, case, peer)
+    measured = request.measure(name, out)
     if not measured:
-        raise fail(f"no case of {name} matches {only!r}")
+        raise fail(f"no case of {name} matches {case!r}")
     raise typer.Exit(int(any(bad(m) for m in measured)))
 
 
-def selected(name: str, options: Options, only: str) -> Iterator[Case]:
+@app.command()
+def suite(
+    name: Annotated[str, typer.Option("--suite", help="cpu, gpu, compile or accuracy")] = "cpu",
+    quick: Quick = False,
+    rounds: Rounds = None,
+    case: CaseGlob = "*",
+    peer: PeerGlob = "*",
+    threads: Threads = None,
+    seed: Seed = 0,
+) -> None:
+    """Run all benchmarks of a suite; the same as `python benchmarks/run.py`.
+
+    Exit status 1: a peer of ours is wrong or failed, or a limit is missed or could not be measured.
+    """
+    found = benchmarks()
+    names = [item for item in found if found[item].suite == name]
+    if not names:
+        raise fail(f"no suite {name!r}; there are {', '.join(sorted({b.suite for b in found.values() if b.suite}))}")
+    request = Request(pin_threads(threads), seed, quick, rounds, case, peer)
+    started = time.perf_counter()
+    measured = [m for item in names for m in request.measure(item, None)]
+    if not measured:
+        raise fail(f"no case of the suite {name} matches {case!r}")
+    console.print(f"{len(measured)} measurements in {time.perf_counter() - started:.0f} s")
+    raise typer.Exit(int(any(bad(m) for m in measured if m.peer.startswith("fxfreeze"))))
+
+
+def pin_threads(threads: int | None) -> int:
+    """In this process and in those it starts; before torch and numpy are imported, which read it then."""
+    count = threads or os.cpu_count() or 1
+    os.environ.update(dict.fromkeys(THREAD_VARIABLES, str(count)))
+    import torch
+
+    torch.set_num_threads(count)
+    return count
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked for on the command line; every benchmark of a suite gets the same."""
+
+    threads: int
+    seed: int
+    quick: bool
+    rounds: int | None
+    case: str
+    peer: str
+
+    def command(self, name: str) -> str:
+        given = {"--rounds": self.rounds, "--case": self.case, "--peer": self.peer, "--threads": self.threads,
+                 "--seed": self.seed}  # fmt: skip
+        words = ["python -m benchmarks run", name, *(["--quick"] if self.quick else [])]
+        words += [f"{key} {shlex.quote(str(value))}" for key, value in given.items() if value not in (None, "*")]
+        return " ".join(words)
+
+    def measure(self, name: str, out: Path | None) -> list[Measurement]:
+        """Run one benchmark, and write its result file where all of it was run."""
+        from .harness import Options, Unavailable, record
+        from .harness.noise import load_average, reasons
+
+        for reason in reasons(load_average(), None, None):
+            console.print(f"[yellow]this machine is busy: {reason}; the rows will say so[/yellow]")
+        if out is None and not self.quick and self.case == self.peer == "*":
+            out = record.RESULTS / f"{name}.jsonl"
+        shared = record.environment(name, quick=self.quick, seed=self.seed, command=self.command(name))
+        measured: list[Measurement] = []
+        with record.Writer(out, shared) as writer, console.status(name) as status:
+            runner = self.runner(name, lambda text: status.update(escape(text)))
+            try:
+                for case in selected(name, Options(seed=self.seed, quick=self.quick), self.case):
+                    found = runner.run(case)
+                    writer.write(found)
+                    show([record.row(m, shared) for m in found])
+                    measured += found
+            except Unavailable as error:  # from a case: its model cannot even be built
+                raise fail(f"{name}: {error}") from error
+        console.print(f"written to {out}" if out else "not written: all of a benchmark, or --out, is")
+        return measured
+
+    def runner(self, name: str, say: Callable[[str], None]) -> Runner:
+        from .harness import Options
+        from .harness.runner import Runner
+        from .harness.worker import Source, worker_seats
+
+        def source(case: Case) -> Source:
+            options = Options(seed=self.seed, quick=self.quick)
+            return Source(f"benchmarks.{name}", options, (case.name, case.metric.name), self.threads, self.seed)
+
+        return Runner(
+            rounds=self.rounds, quick=self.quick, seed=self.seed, say=say, builders=os.cpu_count() or 1,
+            wanted=lambda peer: fnmatch.fnmatch(peer, self.peer), seats=functools.partial(worker_seats, source=source),
+        )  # fmt: skip
+
+
+def selected(name: str, options: Options, glob: str) -> Iterator[Case]:
     cases: Iterator[Case] = importlib.import_module(f"benchmarks.{name}").cases(options)
-    return (case for case in cases if fnmatch.fnmatch(case.name, only))
-
-
-def _measure(cases: Iterator[Case], shared: Any, out: Path | None, rounds: int | None) -> list[Measurement]:
-    """Cases are made one at a time, so that only one case's models are in memory."""
-    from .harness import Unavailable, record
-    from .harness.noise import load_average, reasons
-    from .harness.runner import Runner
-
-    for reason in reasons(load_average(), None, None):
-        console.print(f"[yellow]this machine is busy: {reason}; the rows will say so[/yellow]")
-    measured: list[Measurement] = []
-    with record.Writer(out, shared) as writer, console.status(shared.benchmark) as status:
-        runner = Runner(
-            rounds=rounds, quick=shared.quick, seed=shared.seed, say=lambda text: status.update(escape(text))
-        )
-        try:
-            for case in cases:
-                found = runner.run(case)
-                writer.write(found)
-                show([record.row(m, shared) for m in found])
-                measured += found
-        except Unavailable as error:  # from a case: its model cannot even be built
-            raise fail(f"{shared.benchmark}: {error}") from error
-    console.print(f"written to {out}" if out else "not written: --quick or --only without --out")
-    return measured
+    return (case for case in cases if fnmatch.fnmatch(case.name, glob))
 
 
 def show(rows: list[dict[str, Any]]) -> None:
     """One case: the cells of the Markdown table, with the remarks below where they have room."""
-    from .harness.table import HEADINGS, cells, remarks
+    from .harness.table import cells, remarks
 
-    drawn = Table(*HEADINGS[1:-1], title=escape(rows[0]["case"]), title_justify="left")
-    for row in rows:
-        drawn.add_row(*map(escape, cells(row)[1:-1]))
+    headings, lines = cells(rows, "case", "remarks")
+    drawn = Table(*headings, title=escape(rows[0]["case"]), title_justify="left")
+    for line in lines:
+        drawn.add_row(*map(escape, line))
     console.print(drawn)
     for row in rows:
         if row["status"] != "ok":

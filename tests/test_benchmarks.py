@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import json
 import subprocess
@@ -26,13 +27,18 @@ try:
         Peer,
         Reading,
         Unavailable,
+        Work,
         child,
+        energy,
         memory,
         models,
         noise,
         record,
+        roofline,
+        rotation,
         stats,
         table,
+        worker,
     )
     from benchmarks.harness.case import WrongOutput, relative_error
     from benchmarks.harness.clock import calibrate, clock_for, wall_clock
@@ -118,7 +124,8 @@ def test_a_peer_that_changes_its_input_is_wrong_and_harms_no_other() -> None:
     peers = (Peer("vandal", lambda: lambda x: x.mul_(2)), Peer("honest", lambda: honest))
     found = run(clock, *peers, reference=lambda x: x * 2, inputs=lambda g: (torch.randn(3, generator=g),))
     assert found["vandal"].status == "wrong" and "changed its input" in found["vandal"].reason
-    assert found["honest"].status == "ok" and all(torch.equal(x, seen[0]) for x in seen)
+    assert found["honest"].status == "ok"
+    assert len({tuple(x.tolist()) for x in seen}) == 2  # the sets that were drawn, and nothing else
 
 
 def test_a_peer_may_have_a_reference_of_its_own() -> None:
@@ -318,6 +325,185 @@ def test_work_of_others_and_stolen_time_are_told_apart_from_our_own() -> None:
     assert noise.reasons(0.0, 0.0, 0.0) == noise.reasons(None, None, None) == []
 
 
+def test_work_of_a_living_child_is_our_own() -> None:
+    body = "import time; end = time.process_time() + 0.5\nwhile time.process_time() < end: pass\nprint(1); input()"
+    child = subprocess.Popen([sys.executable, "-c", body], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    with child:
+        assert child.stdout is not None and child.stdout.readline()
+        mine, both = noise.snapshot(), noise.snapshot([child.pid])
+        child.communicate(b"\n")
+    assert mine is not None and both is not None and both.own - mine.own > 0.4
+    assert noise.snapshot([child.pid]) is not None  # it has ended, and is among the ended children
+
+
+# ---- inputs that are rotated
+
+
+def test_input_sets_lie_apart_and_exceed_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rotation, "last_level_cache", lambda device: 10_000)
+    drawn = [(torch.randn(5, 7), [torch.tensor(number)], "word") for number in range(2)]
+    sets, told = rotation.rotated(drawn)
+    assert told == {"sets": len(sets), "bytes": len(sets) // 2 * 2 * (192 + 64), "cache": 10_000}
+    assert told["bytes"] >= 20_000 and len({found[0].data_ptr() for found in sets}) == len(sets)
+    for number, (x, (count,), word) in enumerate(sets):
+        assert torch.equal(x, drawn[number % 2][0]) and count == number % 2 and word == "word"
+        assert x.is_contiguous() and x.data_ptr() % 64 == count.data_ptr() % 64 == sets[0][0].data_ptr() % 64
+
+
+def test_no_more_is_rotated_than_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rotation, "last_level_cache", lambda device: 2**40)
+    monkeypatch.setattr(rotation, "MOST_BYTES", 4096)
+    turned = torch.randn(8, 4).T
+    sets, told = rotation.rotated([(turned,)])
+    assert told["bytes"] == 4096 and all(x.stride() == turned.stride() and torch.equal(x, turned) for (x,) in sets)
+    assert rotation.rotated([("word",)] * 2) == ([("word",)] * 2, {"sets": 2, "bytes": 0, "cache": 0})
+    assert rotation.rotated([(torch.empty(0, 3),)])[1]["sets"] == 1
+    monkeypatch.undo()
+    assert rotation.last_level_cache(torch.device("cpu")) >= 2**15
+
+
+def test_a_peer_is_called_with_all_sets_and_one_that_keeps_its_first_result_is_wrong() -> None:
+    seen, kept, clock = set(), [], FakeClock()
+
+    def honest(x: torch.Tensor) -> torch.Tensor:
+        seen.add(x.data_ptr())
+        clock.now += 0.01
+        return x + 1
+
+    def lazy(x: torch.Tensor) -> torch.Tensor:
+        kept.append(x + 1)
+        return kept[0]
+
+    found = run(clock, Peer("honest", lambda: honest), Peer("lazy", lambda: lazy), reference=lambda x: x + 1,
+                inputs=lambda g: (torch.randn(1000, 1000, generator=g),), rounds=20)  # fmt: skip
+    assert found["lazy"].status == "wrong"
+    assert found["honest"].inputs is not None and found["honest"].inputs["sets"] > 2
+    assert len(seen) >= min(found["honest"].inputs["sets"], 20)
+
+
+# ---- energy and rooflines
+
+
+def test_energy_is_that_of_a_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = FakeClock()
+    monkeypatch.setattr(energy, "meter", lambda device: lambda: 50 * clock.now)  # 50 W
+    found = run(clock, clock.peer("a", lambda n: 0.5), clock.peer("b", lambda n: 0.1))
+    assert found["a"].energy == pytest.approx(25) and found["b"].energy == pytest.approx(5)
+    monkeypatch.undo()
+    assert run(clock, clock.peer("a", lambda n: 0.5), metric=DURATION)["a"].energy is None
+
+
+def test_counters_of_energy_are_added_up(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(energy, "RAPL", tmp_path)
+    assert energy.meter("cpu") is None
+    for number, joules in enumerate((3, 4)):
+        (tmp_path / f"intel-rapl:{number}").mkdir()
+        (tmp_path / f"intel-rapl:{number}" / "energy_uj").write_text(f"{joules}000000\n")
+    read = energy.meter("cpu")
+    assert read is not None and read() == 7.0
+
+
+def test_a_roofline_is_the_larger_of_two_times() -> None:
+    known = {"copy": 1e9, "float32": 1e12}
+    assert roofline.bound(Work(operations=10**12, bytes=10**6), known) == 1.0
+    assert roofline.bound(Work(operations=10, bytes=2 * 10**9), known) == 2.0
+    assert roofline.bound(Work(1, 1, "float64"), known) is None
+
+
+def test_the_rates_of_this_machine_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(roofline, "BYTES", 2**20)
+    monkeypatch.setattr(roofline, "SIDE", {"cpu": 64})
+    monkeypatch.setattr(roofline, "_seconds", lambda call, device: [call(), 0.5][1])
+    assert roofline.rates() == {"copy": 4.194e6, "float32": 1.049e6, "int8": 1.049e6}
+
+
+# ---- a process for each peer
+
+MODULE = """
+import functools, os, time
+import torch
+from benchmarks.harness import Case, Peer, Unavailable
+
+def absent():
+    raise Unavailable(f"needs {OPTIONS.seed} more")
+
+def busy(x):
+    time.sleep(0.002)
+    return x * 2
+
+def dies_later():
+    calls = []
+    def call(x):
+        calls.append(1)
+        if len(calls) > 8:
+            os.abort()
+        return busy(x)
+    return call
+
+def says_why():
+    print("out of luck")
+    raise SystemExit(3)
+
+def cases(options):
+    global OPTIONS
+    OPTIONS = options
+    prepare = {"good": lambda: busy, "process": lambda: lambda x: x * 2 + 0 * os.getpid(), "absent": absent,
+               "exits": says_why, "wrong": lambda: lambda x: x * 3, "dies later": dies_later}
+    yield Case("other", (Peer("a", absent),), baseline="a", reference=lambda: None)
+    yield Case("case", tuple(Peer(name, made) for name, made in prepare.items()), baseline="good",
+               reference=lambda x: x.double() * 2, inputs=lambda g: (torch.randn(4, generator=g),))
+    yield Case("no reference", (Peer("a", lambda: busy),), baseline="a", reference=lambda x: os.abort(),
+               inputs=lambda g: (torch.zeros(1),))
+"""
+
+
+@pytest.fixture
+def remote(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], dict[str, Measurement]]:
+    (tmp_path / "a_benchmark.py").write_text(MODULE)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.syspath_prepend(tmp_path)
+    options = harness.Options(seed=41, quick=True)
+
+    def measured(name: str) -> dict[str, Measurement]:
+        file = importlib.import_module("a_benchmark")
+        case = next(case for case in file.cases(options) if case.name == name)
+        source = worker.Source("a_benchmark", options, (name, case.metric.name), threads=1, seed=3)
+        seats = functools.partial(worker.worker_seats, source=lambda case: source)
+        return {m.peer: m for m in Runner(quick=True, rounds=4, seats=seats, builders=2).run(case)}
+
+    return measured
+
+
+def test_peers_run_in_processes_and_one_that_dies_is_a_row(remote: Callable[[str], dict[str, Measurement]]) -> None:
+    found = remote("case")
+    assert [(name, m.status) for name, m in found.items()] == [
+        ("good", "ok"), ("process", "ok"), ("absent", "unavailable"), ("exits", "failed"), ("wrong", "wrong"),
+        ("dies later", "failed"),
+    ]  # fmt: skip
+    assert found["absent"].reason == "needs 41 more"
+    assert found["exits"].reason == "its process ended with status 3: out of luck"
+    assert "status -6" in found["dies later"].reason and found["dies later"].value is None
+    good = found["good"]
+    assert good.value is not None and good.value > 0.002 and good.rounds == 4 and good.error == 0.0
+    assert good.peak_memory is not None and good.peak_memory > 2**20
+    assert good.inputs is not None and good.inputs["sets"] > 2
+    assert found["process"].ratio is not None and found["process"].ratio["value"] < 1  # type: ignore[operator]
+
+
+def test_a_reference_that_dies_leaves_rows(remote: Callable[[str], dict[str, Measurement]]) -> None:
+    assert [(m.status, m.value) for m in remote("no reference").values()] == [("failed", None)]
+
+
+def test_a_peer_that_takes_too_long_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker, "PATIENCE", 0.01)
+    source = worker.Source("a_benchmark", harness.Options(), ("case", "latency"), threads=1, seed=0)
+    process = worker.Process(source, tmp_path / "log")
+    with pytest.raises(worker.Dropped, match="no answer in"):
+        process.ask("task", tmp_path / "task.pt")
+    process.close()
+    assert process.child is not None and process.child.poll() is not None
+
+
 # ---- memory of a child process
 
 
@@ -341,6 +527,12 @@ def test_a_child_process_is_measured_apart_from_its_parent(monkeypatch: pytest.M
 
 
 # ---- rows, files, tables
+
+
+@pytest.fixture(autouse=True)
+def _no_rates(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They take a second to measure."""
+    monkeypatch.setattr(record, "rates", lambda device: {"copy": 1e9, "float32": 1e9})
 
 
 def shared(**changes: Any) -> record.Environment:
@@ -367,7 +559,8 @@ def test_a_row_says_what_where_when_and_with_what(tmp_path: Path) -> None:
     row = rows[1]
     assert (row["metric"], row["unit"], row["seed"], row["rounds"]) == ("latency", "s", 7, 5)
     assert row["ratio"]["value"] == pytest.approx(2.0) and row["verdict"] == "met"
-    assert {"cpu", "cores", "memory", "os", "gpu"} == row["machine"].keys()
+    assert {"cpu", "flags", "cores", "memory", "os", "gpu"} == row["machine"].keys()
+    assert row["rates"] == {"cpu": {"copy": 1e9, "float32": 1e9}}
     assert row["versions"]["torch"] and row["time"].endswith("+00:00")
     assert str(ROOT) not in json.dumps(row)
 
@@ -405,15 +598,37 @@ def test_the_table_has_a_line_for_every_row_and_a_heading_for_every_run() -> Non
     lines = [line for line in text.splitlines() if line.startswith("| case |") and "---" not in line]
     body = [line for line in lines if "| peer |" not in line]
     assert body[0].startswith("| case | a\\|b (baseline) | 12.3 ms ± 0")
-    assert "2.000 [2.000, 2.000] | ≤ 3 met | 0.0e+00 ≤ 1e-04 | 5 | noisy: steal 3.0% |" in body[1]
+    assert "2.000 [2.000, 2.000] | ≤ 3 met | 0.0e+00 ≤ 1e-04 | " in body[1]
+    assert body[1].endswith("| 5 | noisy: steal 3.0% |")
     assert body[2].endswith("| 0 | unavailable: not here |")
     assert table.markdown([]) == ""
 
 
+def test_columns_that_say_nothing_are_left_out() -> None:
+    rows = [record.row(m, shared()) for m in some_rows()]
+    assert table.cells(rows)[0] == ["case", "peer", "value", "ratio [95 %]", "limit", "error ≤ tolerance",
+                                    "peak memory", "rounds", "remarks"]  # fmt: skip
+    rows[1] |= {"work": {"operations": 2_460_000, "bytes": 10, "dtype": "float32"}, "energy": 0.25}
+    headings, lines = table.cells(rows, "case", "remarks")
+    assert dict(zip(headings, lines[1])) | {
+        "work": "2.46 MOP, 10 B",
+        "of roofline": "10.0%",
+        "energy": "250 mJ",
+    } == dict(zip(headings, lines[1]))
+    assert dict(zip(headings, lines[0]))["of roofline"] == ""
+    assert table.reached(rows[1] | {"metric": "bytes"}) is table.reached(rows[1] | {"rates": {}}) is None
+
+
+def test_a_difference_inside_the_spread_is_a_tie() -> None:
+    assert table.ratio_cell({"value": 0.98, "low": 0.9, "high": 1.05}) == "0.980 [0.900, 1.050] tie"
+    assert table.ratio_cell({"value": 0.9, "low": 0.8, "high": 0.95}) == "0.900 [0.800, 0.950]"
+    assert table.ratio_cell({"value": 0.9, "low": None, "high": None}) == "0.900"
+
+
 def test_quantities_choose_one_unit_for_value_and_spread() -> None:
-    assert table.quantity(3 * 2**20, 2**19, "B") == "3 MiB ± 0.5"
-    assert table.quantity(2e-5, 1e-6, "s") == "20 µs ± 1"
-    assert table.quantity(0.5, 0.01, "accuracy") == "0.5 accuracy ± 0.01"
+    assert table.quantity(3 * 2**20, "B", 2**19) == "3 MiB ± 0.5"
+    assert table.quantity(2e-5, "s", 1e-6) == "20 µs ± 1"
+    assert table.quantity(0.5, "accuracy") == "0.5 accuracy"
 
 
 # ---- git

@@ -1,6 +1,6 @@
 """What a benchmark file needs: cases, peers, metrics, readings."""
 
-from .case import DURATION, LATENCY, PEAK_MEMORY, Case, Metric, Options, Peer, Reading, Unavailable
+from .case import DURATION, LATENCY, PEAK_MEMORY, Case, Metric, Options, Peer, Reading, Unavailable, Work
 
 __all__ = [
     "DURATION",
@@ -12,4 +12,5 @@ __all__ = [
     "Peer",
     "Reading",
     "Unavailable",
+    "Work",
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -55,7 +56,8 @@ class Peer:
     `prepare()` builds and returns the callable that is measured, to be called with the case's inputs. It
     raises `Unavailable` or ImportError where the peer cannot run. `observe` turns a result into the outputs
     to compare, untimed, for instance by calling a freshly compiled model. `reference` replaces the case's where
-    the peer is to compute another function. `limit` is the largest accepted ratio to the baseline.
+    the peer is to compute another function. `limit` is the largest accepted ratio to the baseline. `interpreter`
+    gives the Python that it runs in, where its packages do not go along with ours; it raises `Unavailable`.
     """
 
     name: str
@@ -63,13 +65,27 @@ class Peer:
     observe: Callable[[Any], Any] | None = None
     reference: Callable[..., Any] | None = None
     limit: float | None = None
+    interpreter: Callable[[], Path] | None = None
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a call must do at least: operations (2 for a multiply-add) in `dtype`, and bytes that it must move.
+
+    Bytes are those of the weights as they are stored, of the inputs and of the outputs.
+    """
+
+    operations: int
+    bytes: int
+    dtype: str = "float32"
 
 
 @dataclass(frozen=True)
 class Case:
     """One comparison: the same inputs for all peers, drawn from a seeded generator, and the expected outputs.
 
-    `tolerance` bounds `relative_error`; 0 asks for equal values. Ratios are to the peer named `baseline`.
+    `tolerance` bounds `relative_error`; 0 asks for equal values. Ratios are to the peer named `baseline`. `work` says
+    what a call is for a roofline.
     """
 
     name: str
@@ -80,6 +96,7 @@ class Case:
     tolerance: float = 1e-4
     metric: Metric = LATENCY
     device: str = "cpu"
+    work: Callable[[], Work] | None = None
 
     def __post_init__(self) -> None:
         if self.device not in ("cpu", "cuda"):

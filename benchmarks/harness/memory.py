@@ -1,7 +1,8 @@
-"""Peak memory, measured in a child process of its own for each sample."""
+"""Peak memory: of a child process for each sample, and of this process while a peer runs."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import statistics
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from .case import Reading, Unavailable
+from .child import peak_rss
 
 ROOT = Path(__file__).resolve().parents[2]
 CHILD = Path(__file__).with_name("child.py")
@@ -56,3 +58,14 @@ def peak_above(baseline: str, function: str, **arguments: Any) -> Callable[[], C
         return read
 
     return prepare
+
+
+def forget_peak() -> None:
+    """From here on :func:`peak` is that of what follows, on Linux (see proc(5), clear_refs)."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak() -> int:
+    """The largest resident size of this process since :func:`forget_peak`, in bytes."""
+    return peak_rss()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import resource
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ MAX_LOAD = 0.5  # load average per processor before the start
 
 @dataclass(frozen=True)
 class Snapshot:
-    """Seconds of /proc/stat, over all processors; `own`: those of this process and its ended children."""
+    """Seconds of /proc/stat, over all processors; `own`: those of this process, its ended children and its workers."""
 
     when: float
     busy: float
@@ -29,8 +30,8 @@ def load_average() -> float | None:
     return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
 
 
-def snapshot() -> Snapshot | None:
-    """None where there is no /proc/stat."""
+def snapshot(workers: Sequence[int] = ()) -> Snapshot | None:
+    """`workers`: process ids of children that live. None where there is no /proc/stat."""
     try:
         line = Path("/proc/stat").read_text().splitlines()[0]
     except OSError:
@@ -40,20 +41,30 @@ def snapshot() -> Snapshot | None:
     )
     busy = user + nice + system + irq + softirq
     usage = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    own = sum(u.ru_utime + u.ru_stime for u in usage)
+    own = sum(u.ru_utime + u.ru_stime for u in usage) + sum(map(_seconds, workers))
     return Snapshot(time.monotonic(), busy, steal, busy + idle + iowait + steal, own)
+
+
+def _seconds(pid: int) -> float:
+    """Of a process and its ended children; 0 for one that has ended, which its parent's children count."""
+    try:
+        told = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return 0.0
+    return sum(int(ticks) for ticks in told[11:15]) / os.sysconf("SC_CLK_TCK")
 
 
 class NoiseMeter:
     """Started before the first round, read after the last."""
 
-    def __init__(self) -> None:
+    def __init__(self, workers: Sequence[int] = ()) -> None:
+        self.workers = workers
         self.load = load_average()
-        self.start = snapshot()
+        self.start = snapshot(workers)
 
     def read(self) -> dict[str, Any]:
         """Load before and after, steal (share), others (processors), `noisy`: reasons for doubt."""
-        end = snapshot()
+        end = snapshot(self.workers)
         steal = others = None
         if self.start is not None and end is not None:
             steal, others = compare(self.start, end)

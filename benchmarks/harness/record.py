@@ -15,11 +15,17 @@ from typing import Any
 
 import torch
 
+from .roofline import rates
 from .runner import Measurement
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
-PACKAGES = ("torch", "triton", "onnxruntime", "numpy", "fxfreeze")
+PACKAGES = (
+    "torch", "triton", "onnxruntime", "numpy", "fxfreeze", "torchao", "peft", "tversky", "torch-pruning", "nncf",
+    "torchvision", "timm", "transformers",
+)  # fmt: skip
+FLAGS = ("avx2", "fma", "avx512f", "avx_vnni", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8", "asimddp", "sve")
+"""Of the CPU, those that decide which kernels run."""
 
 
 class ResultError(ValueError):
@@ -28,7 +34,7 @@ class ResultError(ValueError):
 
 @dataclass(frozen=True)
 class Environment:
-    """What every row of one run shares."""
+    """What every row of one run shares. `rates` are what each device reached at most, see roofline.py."""
 
     benchmark: str
     quick: bool
@@ -38,6 +44,7 @@ class Environment:
     time: str
     git: dict[str, Any] | None
     machine: dict[str, Any]
+    rates: dict[str, dict[str, float]]
     versions: dict[str, str | None]
 
 
@@ -52,6 +59,7 @@ def environment(benchmark: str, *, quick: bool, seed: int, command: str) -> Envi
         time=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         git=git_revision(ROOT),
         machine=machine(),
+        rates={device: rates(device) for device in ("cpu", *(["cuda"] if torch.cuda.is_available() else []))},
         versions=versions,
     )
 
@@ -60,6 +68,7 @@ def machine() -> dict[str, Any]:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return {
         "cpu": cpu_model(),
+        "flags": [flag for flag in FLAGS if flag in _cpu("flags").split()],
         "cores": os.cpu_count(),
         "memory": memory,
         "os": f"{platform.system()} {platform.release()} {platform.machine()}",
@@ -68,12 +77,16 @@ def machine() -> dict[str, Any]:
 
 
 def cpu_model() -> str:
+    return _cpu("model name") or platform.processor() or "unknown"
+
+
+def _cpu(what: str) -> str:
+    """Of the first processor in /proc/cpuinfo; "" where there is no such file or line."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
-        lines = []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or "unknown"
+        return ""
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith(what)), "")
 
 
 def version(package: str) -> str | None:

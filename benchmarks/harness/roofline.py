@@ -1,0 +1,47 @@
+"""What this machine can do at most, as it was measured, and how near a time comes to it."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from .case import Work
+from .clock import clock_for
+
+BYTES = 2**28
+SIDE = {"cpu": 2048, "cuda": 8192}
+SAMPLES = 5
+
+
+def rates(device: str = "cpu") -> dict[str, float]:
+    """Bytes per second of a copy (read and written), and operations per second of square products, per dtype.
+
+    Medians of a few, with the threads that are set. A network that fits into the cache is not bound by the first.
+    """
+    source = torch.zeros(BYTES, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    found = {"copy": 2 * BYTES / _seconds(lambda: target.copy_(source), device)}
+    side = SIDE[device]
+    operations = 2 * side**3
+    for dtype in (torch.float32, *((torch.float16, torch.bfloat16) if device == "cuda" else ())):
+        a = torch.randn(side, side, device=device).to(dtype)
+        found[str(dtype).removeprefix("torch.")] = operations / _seconds(lambda a=a: a @ a, device)  # type: ignore[misc]
+    a = torch.randint(-128, 128, (side, side), dtype=torch.int8, device=device)
+    found["int8"] = operations / _seconds(lambda: torch._int_mm(a, a), device)  # type: ignore[no-untyped-call]
+    return {name: float(f"{value:.4g}") for name, value in found.items()}
+
+
+def _seconds(call: Callable[[], Any], device: str) -> float:
+    call()
+    clock = clock_for(device)
+    return statistics.median(clock(call) for _ in range(SAMPLES))
+
+
+def bound(work: Work, known: dict[str, float]) -> float | None:
+    """Seconds that the work takes at least; None where the rate of its dtype was not measured."""
+    if work.dtype not in known:
+        return None
+    return max(work.bytes / known["copy"], work.operations / known[work.dtype])

@@ -1,0 +1,192 @@
+"""One peer on its way through a case: prepared, checked, warmed up, sampled, checked again, when the runner says so."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import itertools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from . import memory
+from .case import Case, Peer, Reading, Unavailable, WrongOutput, flatten, relative_error
+from .clock import Clock, calibrate, clock_for, loop
+from .rotation import rotated
+
+WARM_UP = 3
+CHECKED = 2
+"""Input sets of a looped metric that are drawn and checked; a peer that keeps its first result is found out."""
+
+
+class Dropped(Exception):
+    """A peer is out: what it is reported as, and why."""
+
+    def __init__(self, status: str, reason: str) -> None:
+        super().__init__(status, reason)
+        self.status, self.reason = status, reason
+
+
+class Seat(Protocol):
+    """Where a peer is measured: in this process or in another. Every method may raise :class:`Dropped`.
+
+    Attributes:
+        error: the largest error of an output so far.
+        inner: calls in a sample.
+        facts: the input sets and the memory, as far as they are known.
+        pid: of the process it runs in, None for this one.
+    """
+
+    error: float | None
+    inner: int
+    facts: dict[str, Any]
+
+    @property
+    def pid(self) -> int | None: ...
+
+    def prepare(self) -> None:
+        """Build the peer and compare what it computes."""
+
+    def warm_up(self, target: float) -> None:
+        """Find the number of calls that take `target` seconds."""
+
+    def sample(self) -> float: ...
+
+    def finish(self) -> None:
+        """Compare again, and read the memory."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is asked of the peers of a case: input sets, and per peer the outputs for each, or why there are none."""
+
+    inputs: list[tuple[Any, ...]]
+    expected: list[list[Any] | Dropped]
+
+    @classmethod
+    def of(cls, case: Case, seed: int) -> Task:
+        """References are computed once, each on a copy of the inputs, before any peer runs."""
+        generator = torch.Generator().manual_seed(seed)
+        sets = [case.inputs(generator) for _ in range(CHECKED if case.metric.looped else 1)]
+        known: dict[Callable[..., Any], list[Any] | Dropped] = {}
+        for reference in [peer.reference or case.reference for peer in case.peers]:
+            if reference not in known:
+                known[reference] = _outputs(reference, sets)
+        return cls(sets, [known[peer.reference or case.reference] for peer in case.peers])
+
+
+@torch.no_grad()
+def _outputs(reference: Callable[..., Any], sets: Sequence[tuple[Any, ...]]) -> list[Any] | Dropped:
+    try:
+        return [copy.deepcopy(reference(*copy.deepcopy(inputs))) for inputs in sets]
+    except Exception as error:
+        return dropped(error, "its reference: ")
+
+
+class Local:
+    """A seat in this process."""
+
+    def __init__(self, case: Case, peer: Peer, inputs: list[tuple[Any, ...]], expected: list[Any] | Dropped,
+                 clock: Clock | None = None) -> None:  # fmt: skip
+        self.case, self.peer, self.expected = case, peer, expected
+        self.clock = clock or clock_for(case.device)
+        self.sets = copy.deepcopy(inputs)
+        self.turn: Iterator[tuple[Any, ...]] = itertools.cycle(self.sets)
+        self.call: Callable[..., Any] | None = None
+        self.error: float | None = None
+        self.inner = 1
+        self.facts: dict[str, Any] = {}
+
+    pid = None
+
+    def prepare(self) -> None:
+        if isinstance(self.expected, Dropped):
+            raise self.expected
+        with _reported(""):
+            self.call = self.peer.prepare()
+            self._check()
+
+    def warm_up(self, target: float) -> None:
+        """The checks were the first calls; the calibration follows the warm-up, so both see compiled code."""
+        if not self.case.metric.looped:
+            return
+        with _reported("while warming up: "), torch.no_grad():
+            sets, self.facts["inputs"] = rotated(self.sets)
+            self.turn = itertools.cycle(sets)
+            loop(self._run, WARM_UP)()
+            self.inner = calibrate(self.clock, self._run, target)
+            memory.forget_peak()
+
+    def sample(self) -> float:
+        with _reported("while it was measured: "):
+            if not self.case.metric.timed:
+                reading = self._run()
+                self._judge(reading.error)
+                return float(reading.value)
+            with torch.no_grad() if self.case.metric.looped else contextlib.nullcontext():
+                if self.case.metric.looped:
+                    self._run()  # untimed: the peer before has filled the caches with its own weights
+                return self.clock(loop(self._run, self.inner)) / self.inner
+
+    def finish(self) -> None:
+        if self.case.metric.looped:
+            self.facts["peak_memory"] = memory.peak()
+            with _reported("after it was timed: "):
+                self._check()
+
+    def _run(self) -> Any:
+        assert self.call is not None, f"{self.peer.name} is not prepared"
+        return self.call(*next(self.turn))
+
+    def _check(self) -> None:
+        """Run once for each drawn set; an output that is wrong and an input that has changed drop the peer."""
+        assert self.call is not None and not isinstance(self.expected, Dropped)
+        for inputs, expected in zip(self.sets, self.expected, strict=True):
+            before = copy.deepcopy(inputs)
+            with torch.no_grad() if self.case.metric.looped else contextlib.nullcontext():
+                result = self.call(*inputs)
+                if not all(map(torch.equal, flatten(before), flatten(inputs))):
+                    raise WrongOutput("the peer changed its input")
+                if isinstance(result, Reading):
+                    self._judge(result.error)
+                else:
+                    self._judge(relative_error(self.peer.observe(result) if self.peer.observe else result, expected))
+
+    def _judge(self, error: float) -> None:
+        """Keep the largest error seen. Raises WrongOutput above the tolerance, and for NaN."""
+        self.error = error if self.error is None or math.isnan(error) else max(error, self.error)
+        if not error <= self.case.tolerance:
+            raise WrongOutput(f"relative error {error:.3g} above the tolerance {self.case.tolerance:g}")
+
+
+@contextlib.contextmanager
+def local_seats(case: Case, peers: Sequence[int], seed: int, clock: Clock | None = None) -> Iterator[list[Seat]]:
+    """Seats for those of the case's peers, all in this process."""
+    task = Task.of(case, seed)
+    yield [Local(case, case.peers[index], task.inputs, task.expected[index], clock) for index in peers]
+
+
+@contextlib.contextmanager
+def _reported(when: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        raise dropped(error, when) from error
+
+
+def dropped(error: Exception, when: str) -> Dropped:
+    """A peer that breaks is a result too: it is reported, and the others go on."""
+    if isinstance(error, WrongOutput):
+        return Dropped("wrong", when + str(error))
+    missing = isinstance(error, Unavailable | ImportError)
+    return Dropped("unavailable" if missing else "failed", when + describe(error))
+
+
+def describe(error: BaseException) -> str:
+    """The type of an error and the first line of its message: a reason that fits in a table."""
+    lines = str(error).strip().splitlines()
+    message = lines[0] if lines else ""
+    return message if isinstance(error, Unavailable) else f"{type(error).__name__}: {message}"

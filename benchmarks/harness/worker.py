@@ -1,0 +1,197 @@
+"""A peer in a process of its own: `python -m benchmarks.harness.worker FD`, which is told what to do through a pipe.
+
+What one peer loads, sets, spoils or crashes does not touch another, and its memory is its own. The processes of a case
+live side by side and wait, so that rounds are interleaved as they are in one process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import itertools
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, Pipe
+from pathlib import Path
+from typing import Any
+
+from .case import Case, Options, Unavailable
+from .seat import Dropped, Local, Seat, Task, dropped
+
+ROOT = Path(__file__).resolve().parents[2]
+PATIENCE = 1800.0
+"""Seconds that a peer may take for one thing."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a worker finds a case: the benchmark file, and its options. `case` is its name and its metric's."""
+
+    module: str
+    options: Options
+    case: tuple[str, str]
+    threads: int
+    seed: int
+
+    def find(self) -> Case:
+        for case in importlib.import_module(self.module).cases(self.options):
+            if (case.name, case.metric.name) == self.case:
+                return case
+        raise LookupError(f"{self.module} has no case {self.case}")
+
+
+class Process:
+    """A worker, and what it answers. It is started by the first thing it is asked."""
+
+    def __init__(self, source: Source, log: Path, interpreter: Callable[[], Path] | None = None) -> None:
+        self.source, self.log, self.interpreter = source, log, interpreter
+        self.child: subprocess.Popen[bytes] | None = None
+        self.pipe: Connection | None = None
+
+    @property
+    def pid(self) -> int | None:
+        return self.child.pid if self.child else None
+
+    def ask(self, *words: Any) -> Any:
+        """What the worker answers to `words`. Raises Dropped, also where it dies or takes too long."""
+        if self.pipe is None:
+            self._start()
+        assert self.pipe is not None
+        try:
+            self.pipe.send(words)
+            if not self.pipe.poll(PATIENCE):
+                raise Dropped("failed", f"no answer in {PATIENCE:.0f} s")
+            answer = self.pipe.recv()
+        except (EOFError, OSError):
+            raise Dropped("failed", self._last_words()) from None
+        if isinstance(answer, Dropped):
+            raise answer
+        return answer
+
+    def _start(self) -> None:
+        try:
+            python = self.interpreter() if self.interpreter else Path(sys.executable)
+        except Unavailable as error:
+            raise dropped(error, "") from error
+        self.pipe, theirs = Pipe()
+        with self.log.open("wb") as log:
+            self.child = subprocess.Popen(
+                [str(python), "-m", __name__, str(theirs.fileno())],
+                cwd=ROOT, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+            )  # fmt: skip
+        theirs.close()
+        self.pipe.send(self.source)
+
+    def _last_words(self) -> str:
+        assert self.child is not None
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.child.wait(10)
+        said = self.log.read_text(errors="replace").strip().splitlines()[-1:] or ["it said nothing"]
+        return f"its process ended with status {self.child.poll()}: {said[0]}"
+
+    def close(self) -> None:
+        if self.pipe is not None:
+            self.pipe.close()  # which ends the worker's loop
+        if self.child is not None:
+            try:
+                self.child.wait(5)
+            except subprocess.TimeoutExpired:
+                self.child.kill()
+                self.child.wait()
+
+
+class Remote:
+    """A seat in a worker."""
+
+    def __init__(self, process: Process, index: int, task: Path) -> None:
+        self.process, self.index, self.task = process, index, task
+        self.error: float | None = None
+        self.inner = 1
+        self.facts: dict[str, Any] = {}
+
+    @property
+    def pid(self) -> int | None:
+        return self.process.pid
+
+    def prepare(self) -> None:
+        self._ask("prepare", self.index, self.task)
+
+    def warm_up(self, target: float) -> None:
+        self._ask("warm_up", target)
+
+    def sample(self) -> float:
+        return float(self._ask("sample"))
+
+    def finish(self) -> None:
+        self._ask("finish")
+
+    def _ask(self, *words: Any) -> Any:
+        try:
+            result, self.error, self.inner, self.facts = self.process.ask(*words)
+        except Dropped:
+            self.process.close()  # the others need its memory
+            raise
+        return result
+
+
+@contextlib.contextmanager
+def worker_seats(case: Case, peers: Sequence[int], seed: int, source: Callable[[Case], Source]) -> Iterator[list[Seat]]:
+    """Seats for those of the case's peers, each in a worker; a first one computes the references and ends."""
+    with tempfile.TemporaryDirectory(prefix="fxfreeze-bench-") as name, contextlib.ExitStack() as stack:
+        folder, found = Path(name), source(case)
+        first = Process(found, folder / "reference.log")
+        try:
+            first.ask("task", folder / "task.pt")
+        finally:
+            first.close()
+        seats: list[Seat] = []
+        for index in peers:
+            process = Process(found, folder / f"{index}.log", case.peers[index].interpreter)
+            stack.callback(process.close)
+            seats.append(Remote(process, index, folder / "task.pt"))
+        yield seats
+
+
+# ---- in the worker
+
+
+def serve(pipe: Connection) -> None:
+    """Answer until the other side hangs up."""
+    import torch
+
+    source: Source = pipe.recv()
+    torch.set_num_threads(source.threads)
+    seat: Local | None = None
+    for word, *given in _heard(pipe):
+        try:
+            case = source.find() if word in ("task", "prepare") else None
+            if word == "task":
+                torch.save(Task.of(case, source.seed), given[0])  # type: ignore[arg-type]
+                answer: Any = None
+            elif word == "prepare":
+                assert case is not None
+                task: Task = torch.load(given[1], weights_only=False)
+                seat = Local(case, case.peers[given[0]], task.inputs, task.expected[given[0]])
+                answer = seat.prepare()
+            else:
+                answer = getattr(seat, word)(*given)
+        except Dropped as out:
+            pipe.send(out)
+        except Exception as error:
+            pipe.send(dropped(error, ""))
+        else:
+            pipe.send((answer, *((seat.error, seat.inner, seat.facts) if seat else ())))
+
+
+def _heard(pipe: Connection) -> Iterator[Any]:
+    with contextlib.suppress(EOFError):
+        for _ in itertools.count():
+            yield pipe.recv()
+
+
+if __name__ == "__main__":
+    # As a module of the package, so that what is sent has the classes of the other side.
+    importlib.import_module("benchmarks.harness.worker").serve(Connection(int(sys.argv[1])))
