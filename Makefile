@@ -38,7 +38,7 @@ format: $(VENV)/.dev ## let ruff sort the imports and lay out the code
 # mypy knows no package-dir mapping, so it is shown the package as it installs, through links.
 types: $(VENV)/.dev $(VENV)/.test ## mypy on the package
 	@rm -rf build/types && mkdir -p build/types/fxfreeze
-	@cd build/types/fxfreeze && ln -s ../../../fxfreeze/* . && ln -s ../../../passes ../../../kernels .
+	@cd build/types/fxfreeze && ln -s ../../../fxfreeze/* . && ln -s ../../../passes ../../../kernels . && ln -s ../../../benchmarks/harness bench
 	cd build/types && ../../$(BIN)/mypy --config-file ../../pyproject.toml --cache-dir ../../.mypy_cache -p fxfreeze
 
 bench: $(VENV)/.bench compiler ## the benchmarks; ARGS="--help" lists the cases

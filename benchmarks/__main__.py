@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from .harness.runner import Measurement, Runner
 
 FOLDER = Path(__file__).resolve().parent
-THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="Measure fxfreeze.")
 console = Console(width=None if sys.stdout.isatty() else 140)
@@ -83,7 +82,7 @@ def table(file: Annotated[Path, typer.Argument(help="a result file")]) -> None:
 
 Quick = Annotated[bool, typer.Option(help="small and few; writes nothing without --out")]
 Rounds = Annotated[int | None, typer.Option(min=1, help="rounds per case")]
-CaseGlob = Annotated[str, typer.Option("--case", "--only", help="a glob over the names of cases")]
+CaseGlob = Annotated[str, typer.Option("--case", help="a glob over the names of cases")]
 PeerGlob = Annotated[str, typer.Option("--peer", help="a glob over the names of peers; the baseline is always there")]
 Threads = Annotated[int | None, typer.Option(min=1, help="default: all cores")]
 Seed = Annotated[int, typer.Option(help="of models, inputs and the order of the rounds")]
@@ -141,11 +140,10 @@ def suite(
 
 
 def pin_threads(threads: int | None) -> int:
-    """In this process and in those it starts; before torch and numpy are imported, which read it then."""
-    count = threads or os.cpu_count() or 1
-    os.environ.update(dict.fromkeys(THREAD_VARIABLES, str(count)))
+    """For what is measured in this process; workers are told."""
     import torch
 
+    count = threads or os.cpu_count() or 1
     torch.set_num_threads(count)
     return count
 

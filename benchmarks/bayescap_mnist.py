@@ -44,7 +44,8 @@ from fxfreeze.nn import (
     variance,
 )
 
-from .harness import heads, record
+from . import heads
+from .harness import record
 from .tversky_mnist import Images, mnist, mnist_folder
 
 TARGETS = ("torch", "aoti", "onnx")

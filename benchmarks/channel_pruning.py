@@ -21,7 +21,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .harness import Case, Metric, Options, Peer, Reading, Unavailable, models
+from . import models
+from .harness import Case, Metric, Options, Peer, Reading, Unavailable
 
 EFFICIENCY = 0.8
 TARGETS = ("onnx", "aoti")

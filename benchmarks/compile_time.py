@@ -8,7 +8,8 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from .harness import DURATION, Case, Options, Peer, models
+from . import models
+from .harness import DURATION, Case, Options, Peer
 
 Verify = Literal["full", "sampled", "off"]
 Shape = tuple[int, ...]

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .harness import DURATION, Case, Options, Peer, models
+from . import models
+from .harness import DURATION, Case, Options, Peer
 
 IMAGE = (3, 224, 224)
 LIMIT = 1.0

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from .harness import PEAK_MEMORY, Case, Options, Peer, Reading, models, record
+from . import models
+from .harness import PEAK_MEMORY, Case, Options, Peer, Reading, record
 from .harness.memory import peak_above
 
 LIMIT = 1.3

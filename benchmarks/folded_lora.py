@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from .harness import Case, Options, Peer, Unavailable, models
+from . import models
+from .harness import Case, Options, Peer, Unavailable
 
 LIMIT = 1.02
 TARGETS = ("torch", "aoti", "onnx")

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .harness import Case, Options, Peer, Unavailable, models
+from . import models
+from .harness import Case, Options, Peer, Unavailable
 
 LIMIT = 1.05
 FEW, MANY = 2, 1000

@@ -34,7 +34,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .harness import heads, record
+from . import heads
+from .harness import record
 from .tversky_mnist import Images, mnist, mnist_folder
 
 LOSS = 0.002

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from .harness import PEAK_MEMORY, Case, Options, Peer, Reading, models
+from . import models
+from .harness import PEAK_MEMORY, Case, Options, Peer, Reading
 from .harness.case import relative_error
 from .harness.memory import peak_above
 

@@ -26,7 +26,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .harness import heads, models, record
+from . import heads, models
+from .harness import record
 
 TARGETS = ("torch", "aoti", "onnx")
 SIDE, SHADES, TRAINED, ERROR = 8, 17, 1200, 1e-3

@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .harness import PEAK_MEMORY, Case, Metric, Options, Peer, Reading, Unavailable, models
+from . import models
+from .harness import PEAK_MEMORY, Case, Metric, Options, Peer, Reading, Unavailable
 from .harness.case import relative_error
 from .harness.memory import peak_above
 

@@ -19,8 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import heads, models
 from . import tversky_gpt2 as small
-from .harness import PEAK_MEMORY, Case, Metric, Options, Peer, Reading, Unavailable, heads, models
+from .harness import PEAK_MEMORY, Case, Metric, Options, Peer, Reading, Unavailable
 from .harness.memory import peak_above
 
 LIMIT = 0.17

@@ -20,7 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .harness import LATENCY, Case, Options, Peer, Unavailable, models
+from . import models
+from .harness import LATENCY, Case, Options, Peer, Unavailable
 
 FEW, MANY = 16, 1000
 LIMITS = {FEW: 1.3, MANY: 1.5}

@@ -36,7 +36,8 @@ from torch.nn import functional as F
 
 from fxfreeze.nn import StitchedMLP, edit
 
-from .harness import heads, models, record
+from . import heads, models
+from .harness import record
 
 TARGETS = ("torch", "aoti", "onnx")
 NEIGHBOURS, HIDDEN, LIMIT, MARGIN = 8, 32, 0.05, 0.1

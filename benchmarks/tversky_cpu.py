@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .harness import Case, Options, Peer, Unavailable, models
+from . import models
+from .harness import Case, Options, Peer, Unavailable
 
 TOLERANCE = 1e-5
 ROUNDINGS = 32

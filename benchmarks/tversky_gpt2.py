@@ -26,7 +26,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .harness import heads, models, record
+from . import heads, models
+from .harness import record
 
 LIMIT = 1e-4
 TARGETS = ("torch", "aoti", "onnx")

@@ -27,7 +27,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .harness import heads, models, record
+from . import heads, models
+from .harness import record
 
 ACCURACY = 0.985
 LAYERS = ("fxfreeze.nn.TverskyProjection", "tversky.nn.TverskyProjection")

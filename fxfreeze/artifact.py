@@ -221,8 +221,9 @@ class Artifact:
         if name not in self.manifest["targets"] or name not in EMITTERS:
             raise ArtifactError(f"there is no target {name!r} here, only {', '.join(self.targets)}")
 
-    def _stored(self) -> Program:
-        """The program with the adapters that there are now."""
+    @property
+    def program(self) -> Program:
+        """The stored program, read anew, with the adapters that there are now."""
         return banks.closed(load_program(self.folder / PROGRAM, shapes=False), self.interface, self._shelf.values)
 
     def check(self, examples: Sequence[Tensor] | None = None) -> list[parity.ParityRow]:
@@ -235,7 +236,7 @@ class Artifact:
             ArtifactError: an altered file, or a target that disagrees.
         """
         _verify_files(self.folder, self.manifest)
-        program = self._stored()
+        program = self.program
         draws = parity.draw(program, examples=examples)
         rows: list[parity.ParityRow] = []
         for name in self.targets:
@@ -260,7 +261,7 @@ class Artifact:
         if "gates" not in self.manifest:
             raise ArtifactError("it was compiled before gates were recorded", hint="compile it anew")
         if self._program is None:
-            self._program = self._stored()
+            self._program = self.program
         return fired(self._program, self.manifest["gates"], flat)
 
     def sensitivity(self) -> list[SiteSensitivity]:

@@ -1,4 +1,4 @@
-"""The command line: compile, check, inspect, sensitivity, passes, schema, demo.
+"""The command line: compile, check, inspect, bench, sensitivity, passes, schema, demo.
 
 Exit codes: 0 done · 1 a defect of fxfreeze · 2 bad usage or a bad plan · 3 capture · 4 a pass · 5 a proof · 6 an
 artifact or target · 7 a missing optional package.
@@ -6,16 +6,15 @@ artifact or target · 7 a missing optional package.
 
 from __future__ import annotations
 
-import importlib
 import json
-import os
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -29,9 +28,6 @@ from .errors import (
     PlanError,
     ProofError,
 )
-
-if TYPE_CHECKING:
-    from torch import nn
 
 app = typer.Typer(
     help="A compiler for frozen neural networks.",
@@ -85,13 +81,14 @@ def compile_command(
 ) -> None:
     """Compile a model into a folder of proven artifacts."""
     from . import compile as compile_model
+    from .factory import build_model, load_tensors
     from .plan import Plan
 
     if out.exists():  # said before minutes are spent
         raise ArtifactError("the output folder exists", where=str(out), hint="choose another, or remove it")
     loaded = Plan.load(plan)
     model = build_model(factory, weights)
-    inputs = _load_tensors(examples) if examples else None
+    inputs = load_tensors(examples) if examples else None
     batches = _load_batches(calibration) if calibration else None
     with progress(quiet=as_json) as say:
         artifact = compile_model(
@@ -140,6 +137,75 @@ def inspect(
 
 
 @app.command()
+def bench(
+    folder: Annotated[Path, typer.Argument(help="A saved artifact.")],
+    model: Annotated[
+        str | None, typer.Option(help="pkg.module:function that returns the nn.Module it was compiled from.")
+    ] = None,
+    weights: Annotated[Path | None, typer.Option(help="Weights of the model, .safetensors; must fit exactly.")] = None,
+    examples: Annotated[
+        Path | None, typer.Option(help="Example inputs, .safetensors with one tensor per input name.")
+    ] = None,
+    sizes: Annotated[
+        list[str],
+        typer.Option("--size", help="Sizes of the symbolic dims, such as batch=1,tokens=64; may be repeated."),
+    ] = [],  # noqa: B006 - typer reads it
+    peer: Annotated[str, typer.Option(help="A glob over the names of peers.")] = "*",
+    rounds: Annotated[
+        int | None, typer.Option(min=1, help="Rounds of a case; more of them narrow the interval.")
+    ] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Default: all cores.")] = None,
+    quick: Annotated[bool, typer.Option(help="Few and short rounds.")] = False,
+    out: Annotated[Path | None, typer.Option(help="Write JSON lines here.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Time every target of a saved artifact beside eager torch, and beside torch.compile where the model is given."""
+    from .bench.artifact import Subject, measure
+
+    subject = Subject(folder.absolute(), tuple(map(_sizes, sizes)), examples, model, weights)
+    with progress(quiet=as_json) as say:
+        measured = measure(
+            subject,
+            peer=peer,
+            rounds=rounds,
+            threads=threads,
+            quick=quick,
+            out=out,
+            say=say,
+            command=shlex.join(sys.argv[1:]),
+        )
+    if as_json:
+        print(json.dumps({"bench": measured}))
+    else:
+        _show_bench(measured)
+    if any(row["status"] in ("wrong", "failed") for row in measured):
+        raise ArtifactError("a peer is wrong or failed, see above", where=str(folder))
+
+
+def _sizes(text: str) -> dict[str, int]:
+    """batch=1,tokens=64 → {"batch": 1, "tokens": 64}"""
+    pairs = [part.partition("=") for part in text.split(",")]
+    if not all(name.strip() and value.strip().isdecimal() for name, _, value in pairs):
+        raise PlanError(f"{text!r} is no list of sizes", where="--size", hint="write them as batch=1,tokens=64")
+    return {name.strip(): int(value) for name, _, value in pairs}
+
+
+def _show_bench(rows: list[dict[str, Any]]) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    from .bench import table
+
+    _out.print(table.heading(rows[0]), markup=False, highlight=False)
+    for name in dict.fromkeys(row["case"] for row in rows):
+        headings, lines = table.cells([row for row in rows if row["case"] == name], "case", "limit", "rounds")
+        drawn = Table(*headings, title=name, title_justify="left", header_style="bold")
+        for line in lines:
+            drawn.add_row(*(Text(cell) for cell in line))
+        _out.print(drawn)
+
+
+@app.command()
 def sensitivity(
     factory: Annotated[str, typer.Argument(help="pkg.module:function that returns the nn.Module.")],
     plan: Annotated[Path, typer.Option(help="A plan that quantizes, .toml or .json.")],
@@ -153,11 +219,12 @@ def sensitivity(
     """Quantize every layer of a plan alone, and show what that does to the outputs, the most sensitive first."""
     from . import report
     from .api import sensitivity as measure
+    from .factory import build_model, load_tensors
     from .plan import Plan
 
     loaded = Plan.load(plan)
     model = build_model(factory, weights)
-    inputs = _load_tensors(examples) if examples else None
+    inputs = load_tensors(examples) if examples else None
     batches = _load_batches(calibration) if calibration else None
     with progress(quiet=as_json) as say:
         rows = measure(model, loaded, example_inputs=inputs, calibration=batches, progress=say)
@@ -236,62 +303,11 @@ def _show_demo(result: Any) -> None:
     )
 
 
-def build_model(factory: str, weights: Path | None) -> nn.Module:
-    """Import ``pkg.module:function``, call it, and load `weights` into the result.
-
-    Raises:
-        CaptureError: there is no such function, or it does not return an nn.Module.
-        ArtifactError: the weights file is unreadable or does not fit the model.
-    """
-    from torch import nn
-
-    module_name, _, function_name = factory.partition(":")
-    if not function_name:
-        raise PlanError(f"{factory!r} does not name a function", hint="write it as pkg.module:function")
-    sys.path.insert(0, os.getcwd())
-    try:
-        function: Callable[[], Any] = getattr(importlib.import_module(module_name), function_name)
-    except (ImportError, AttributeError) as error:
-        raise CaptureError(f"cannot import {factory}: {error}", hint="run from the folder that holds it") from error
-    finally:
-        sys.path.remove(os.getcwd())
-    model = function()
-    if not isinstance(model, nn.Module):
-        raise CaptureError(f"{factory} returned {type(model).__name__}, not an nn.Module", where=factory)
-    if weights is not None:
-        _load_weights(model, weights)
-    return model
-
-
-def _load_weights(model: nn.Module, weights: Path) -> None:
-    tensors = _load_tensors(weights)
-    known = dict(model.state_dict())
-    # A file keeps one name of tied tensors; the others are filled by the tie.
-    given = {known[name].data_ptr() for name in tensors if name in known}
-    tied = {name for name, value in known.items() if name not in tensors and value.data_ptr() in given}
-    missing, unknown = sorted(known.keys() - tensors.keys() - tied), sorted(tensors.keys() - known.keys())
-    wrong = [f"{name} {tuple(tensors[name].shape)} (model: {tuple(known[name].shape)})"
-             for name in known.keys() & tensors.keys() if tensors[name].shape != known[name].shape]  # fmt: skip
-    kinds = (("missing", missing), ("unknown", unknown), ("wrong shape", wrong))
-    problems = [f"{what}: {', '.join(names[:5])}{' …' if len(names) > 5 else ''}" for what, names in kinds if names]
-    if problems:
-        raise ArtifactError(f"the weights do not fit the model; {'; '.join(problems)}", where=str(weights))
-    model.load_state_dict(tensors, strict=False)
-
-
-def _load_tensors(path: Path) -> dict[str, Any]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise ArtifactError(f"cannot read tensors: {error}", where=str(path)) from error
-
-
 def _load_batches(path: Path) -> list[dict[str, Any]]:
     """What a file of samples holds, some rows at a time."""
-    tensors = _load_tensors(path)
+    from .factory import load_tensors
+
+    tensors = load_tensors(path)
     rows = {name: len(value) if value.ndim else 0 for name, value in tensors.items()}
     if not rows or min(rows.values()) != max(rows.values()) or not min(rows.values()):
         raise ArtifactError(f"its tensors hold different numbers of samples, or none: {rows}", where=str(path))

@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 try:
     import benchmarks.harness as harness
+    from benchmarks import models
     from benchmarks.harness import (
         DURATION,
         LATENCY,
@@ -31,7 +32,6 @@ try:
         child,
         energy,
         memory,
-        models,
         noise,
         record,
         roofline,

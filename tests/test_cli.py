@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 
 import fxfreeze as fz
 from fxfreeze import cli
+from fxfreeze.factory import _load_weights
 
 MODEL = """
 import torch
@@ -100,6 +101,43 @@ def test_compile_writes_an_artifact_that_computes_the_loaded_weights(folder: Pat
     x = torch.randn(5, 4)
     with torch.no_grad():
         torch.testing.assert_close(artifact(x), model(x), rtol=1e-5, atol=1e-6)
+
+
+def test_bench_times_the_targets_beside_the_model(compiled: Path, command, tmp_path: Path):
+    given = ["--model", "my_model:build", "--weights", "weights.safetensors", "--threads", "1", "--quick"]
+    given += ["--peer", "*eager", "--size", "batch=1", "--size", "batch=3", "--rounds", "3", "--json"]
+    code, out, err = command("bench", str(compiled), *given, "--out", str(tmp_path / "rows.jsonl"))
+    rows = json.loads(out)["bench"]
+    assert code == 0, (out, err)
+    assert [(row["case"], row["peer"]) for row in rows] == [
+        (case, peer) for case in ("batch 1", "batch 3") for peer in ("model, eager", "program, eager")
+    ]
+    assert all(row["status"] == "ok" and row["value"] > 0 and row["error"] < 1e-6 for row in rows)
+    assert rows[0]["baseline"] == "model, eager" and rows[0]["threads"] == 1
+    assert (tmp_path / "rows.jsonl").read_text().count("\n") == 4
+
+
+def test_bench_without_the_model_compares_with_the_stored_program(compiled: Path, command):
+    code, out, _ = command("bench", str(compiled), "--quick", "--rounds", "3")
+    assert code == 0 and all(word in out for word in ("batch 1", "program,", "fxfreeze,", "1.000"))
+
+
+def test_bench_says_what_is_wrong_with_the_model(compiled: Path, command):
+    code, out, _ = command("bench", str(compiled), "--model", "my_model:number", "--peer", "*eager", "--json")
+    assert code == 6 and "returned int, not an nn.Module" in out
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--size", "batch"], "'batch' is no list of sizes"),
+        (["--size", "rows=1"], "sizes of ['rows'] where the inputs have ['batch']"),
+        (["--examples", "weights.safetensors"], "no tensor is named x"),
+    ],
+)
+def test_bench_refuses_what_does_not_fit(compiled: Path, command, given, message):
+    code, out, err = command("bench", str(compiled), "--quick", "--json", *given)
+    assert code in (2, 6) and message in out + err
 
 
 def test_check_reloads_and_compares(compiled: Path, command):
@@ -200,7 +238,7 @@ def test_tied_weights_may_be_stored_once(folder: Path):
     file = folder / "tied.safetensors"
     save_file({"0.weight": torch.full((7, 4), 2.0)}, file)
     model = my_model.tied()
-    cli._load_weights(model, file)
+    _load_weights(model, file)
     assert model[1].weight is model[0].weight and bool((model[1].weight == 2).all())
 
 

@@ -20,9 +20,10 @@ FOLDERS = {
     "fxfreeze": "fxfreeze",
     "passes": "fxfreeze.passes",
     "kernels": "fxfreeze.kernels",
+    "benchmarks/harness": "fxfreeze.bench",
     "benchmarks": "benchmarks",
 }
-"""Top-level folders that hold code, and the names they are imported by."""
+"""Folders that hold code, and the names they are imported by. The harness has two."""
 
 # A room is a file `fxfreeze/<room>.py` or a folder `fxfreeze/<room>/`. Apart from these there are
 #   door           fxfreeze/__init__.py, that is `import fxfreeze`
@@ -76,6 +77,7 @@ TABLE: dict[str, str] = {
     "parity": "binding constants emit margin plan program proof report sampling",
     "firing": "kernels program",
     "locks": "",
+    "factory": "",
     "artifact": "banks binding emit firing locks lower packed parity plan program report sampling "
     "sensitivity serialize weights _version",
     "adapt": "binding calibration capture margin passes pipeline plan program proof rewrite weights",
@@ -90,8 +92,9 @@ TABLE: dict[str, str] = {
     "nn": "kernels",
     "api": "adapt artifact binding calibration capture emit lower parity passes pipeline plan program proof report "
     "rewrite sampling sensitivity serialize",
+    "bench": "artifact capture factory proof sampling",
     "demo": "door adapt api artifact plan report",
-    "cli": "door adapt api artifact demo passes plan report rewrite _version",
+    "cli": "door adapt api artifact bench demo factory passes plan report rewrite _version",
     "__main__": "cli",
     "passes": "pass rewrite",
     "pass": "axes checkpoints constants coupling dataflow graft inline kernels masks nn pass-helper plan program "
@@ -101,13 +104,13 @@ TABLE: dict[str, str] = {
     "kernels": "",
     "kernel": "kernel-helper",
     "kernel-helper": "",
-    "benchmarks": "capture coupling door kernel nn plan",
+    "benchmarks": "artifact capture coupling door factory kernel nn plan proof sampling",
 }
 
 GROUPS = {"kernels": {"kernels", "kernel", "kernel-helper"}}
 """Names in the table's right column that stand for several rooms."""
 
-FOLDER_ROOMS = {"emit", "nn", "benchmarks", "passes", "pass-helper", "kernel-helper"}
+FOLDER_ROOMS = {"bench", "emit", "nn", "benchmarks", "passes", "pass-helper", "kernel-helper"}
 """Rooms of several files that may import each other (without a cycle). Passes and kernels may not."""
 
 TORCHLESS = {"adapterhub", "checkpoints", "errors", "record", "plan", "_version"}

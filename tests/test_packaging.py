@@ -73,8 +73,6 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
         shutil.copy(ROOT / file, copy / file)
     for folder in sorted({Path(folder).parts[0] for folder in MAPPING.values()}):
         shutil.copytree(ROOT / folder, copy / folder, ignore=shutil.ignore_patterns("__pycache__"))
-    (copy / "benchmarks").mkdir()
-    (copy / "benchmarks" / "__init__.py").touch()
     (copy / "tests").mkdir()
     (copy / "tests" / "test_nothing.py").touch()
     return copy

@@ -21,8 +21,8 @@ ROOT = Path(__file__).resolve().parents[1]
 # Only for this import: on sys.path for good, the root would offer its folder `kernels` to every package.
 sys.path.insert(0, str(ROOT))
 try:
-    from benchmarks import tversky_gpt2, tversky_mnist
-    from benchmarks.harness import heads, record
+    from benchmarks import heads, tversky_gpt2, tversky_mnist
+    from benchmarks.harness import record
 finally:
     sys.path.remove(str(ROOT))
 

@@ -48,12 +48,13 @@ class Environment:
     versions: dict[str, str | None]
 
 
-def environment(benchmark: str, *, quick: bool, seed: int, command: str) -> Environment:
+def environment(benchmark: str, *, quick: bool, seed: int, command: str, threads: int | None = None) -> Environment:
+    """`threads`: None: those that torch has here."""
     versions = {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
     return Environment(
         benchmark=benchmark,
         quick=quick,
-        threads=torch.get_num_threads(),
+        threads=threads or torch.get_num_threads(),
         seed=seed,
         command=command,
         time=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),

@@ -1,4 +1,4 @@
-"""A peer in a process of its own: `python -m benchmarks.harness.worker FD`, which is told what to do through a pipe.
+"""A peer in a process of its own, `python -m` this module, which is told what to do through a pipe.
 
 What one peer loads, sets, spoils or crashes does not touch another, and its memory is its own. The processes of a case
 live side by side and wait, so that rounds are interleaved as they are in one process.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import itertools
+import os
 import subprocess
 import sys
 import tempfile
@@ -18,20 +19,22 @@ from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 from typing import Any
 
-from .case import Case, Options, Unavailable
+from .case import Case, Unavailable
 from .seat import Dropped, Local, Seat, Task, dropped
 
 ROOT = Path(__file__).resolve().parents[2]
+THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+"""Read when torch and numpy are imported."""
 PATIENCE = 1800.0
 """Seconds that a peer may take for one thing."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where a worker finds a case: the benchmark file, and its options. `case` is its name and its metric's."""
+    """Where a worker finds a case: in what `cases(options)` of a module yields, by its name and its metric's."""
 
     module: str
-    options: Options
+    options: Any
     case: tuple[str, str]
     threads: int
     seed: int
@@ -80,7 +83,9 @@ class Process:
         with self.log.open("wb") as log:
             self.child = subprocess.Popen(
                 [str(python), "-m", __name__, str(theirs.fileno())],
-                cwd=ROOT, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                cwd=ROOT if __name__.startswith("benchmarks.") else None, pass_fds=[theirs.fileno()],
+                env=os.environ | dict.fromkeys(THREAD_VARIABLES, str(self.source.threads)),
+                stdin=subprocess.DEVNULL, stdout=log, stderr=log,
             )  # fmt: skip
         theirs.close()
         self.pipe.send(self.source)
@@ -175,7 +180,8 @@ def serve(pipe: Connection) -> None:
                 assert case is not None
                 task: Task = torch.load(given[1], weights_only=False)
                 seat = Local(case, case.peers[given[0]], task.inputs, task.expected[given[0]])
-                answer = seat.prepare()
+                answer = None
+                seat.prepare()
             else:
                 answer = getattr(seat, word)(*given)
         except Dropped as out:
@@ -194,4 +200,4 @@ def _heard(pipe: Connection) -> Iterator[Any]:
 
 if __name__ == "__main__":
     # As a module of the package, so that what is sent has the classes of the other side.
-    importlib.import_module("benchmarks.harness.worker").serve(Connection(int(sys.argv[1])))
+    importlib.import_module(f"{__package__}.worker").serve(Connection(int(sys.argv[1])))

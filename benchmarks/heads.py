@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import record
+from .harness import record
 
 Call = Callable[[Tensor], Any]
 

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import record
-from .case import Unavailable, WrongOutput
+from .harness import record
+from .harness.case import Unavailable, WrongOutput
 
 
 def vit_tiny(seed: int) -> nn.Module:
