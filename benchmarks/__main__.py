@@ -1,4 +1,4 @@
-"""`python -m benchmarks list | run NAME | suite | table FILE`, from the repository root."""
+"""`python -m benchmarks list | run NAME | suite | table FILE | report`, from the repository root."""
 
 from __future__ import annotations
 
@@ -78,6 +78,20 @@ def table(file: Annotated[Path, typer.Argument(help="a result file")]) -> None:
         typer.echo(rendering.markdown(record.read(file)), nl=False)
     except record.ResultError as error:
         raise fail(str(error)) from error
+
+
+@app.command()
+def report(
+    check: Annotated[bool, typer.Option(help="write nothing; exit status 2 where it is out of date")] = False,
+) -> None:
+    """Write RESULTS.md from the result files."""
+    from .report import FILE, text
+
+    made = text()
+    if check and (not FILE.exists() or FILE.read_text(encoding="utf-8") != made):
+        raise fail(f"{FILE.name} is out of date: run `python -m benchmarks report`")
+    if not check:
+        FILE.write_text(made, encoding="utf-8")
 
 
 Quick = Annotated[bool, typer.Option(help="small and few; writes nothing without --out")]

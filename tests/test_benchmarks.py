@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 try:
     import benchmarks.harness as harness
-    from benchmarks import models
+    from benchmarks import models, report
     from benchmarks.harness import (
         DURATION,
         LATENCY,
@@ -629,6 +629,50 @@ def test_quantities_choose_one_unit_for_value_and_spread() -> None:
     assert table.quantity(3 * 2**20, "B", 2**19) == "3 MiB ± 0.5"
     assert table.quantity(2e-5, "s", 1e-6) == "20 µs ± 1"
     assert table.quantity(0.5, "accuracy") == "0.5 accuracy"
+
+
+# ---- the report
+
+
+def latency_rows(case: str, **samples: list[float]) -> list[dict[str, Any]]:
+    """A row per peer with these samples; `fxfreeze_onnx` is "fxfreeze, onnx"."""
+    base = record.row(some_rows()[0], shared())
+    rows = []
+    for peer, values in samples.items():
+        summary = {"value": stats.median(values), "samples": values, "rounds": len(values)} if values else {}
+        status = {"status": "ok"} if values else {"status": "failed", "value": None, "reason": "Error: it broke"}
+        rows.append(base | {"case": case, "peer": peer.replace("_", ", ")} | summary | status)
+    return rows
+
+
+def test_the_best_of_ours_meets_the_best_peer_and_losses_come_first() -> None:
+    rows = [
+        *latency_rows("won", eager=[9.0] * 5, ort=[3.0] * 5, fxfreeze_onnx=[1.5] * 5, fxfreeze_aoti=[2.0] * 5),
+        *latency_rows("tied", ort=[1.0, 1.2, 0.8, 1.1, 0.9], fxfreeze_onnx=[1.0] * 5),
+        *latency_rows("lost", ort=[1.0] * 5, fxfreeze_onnx=[2.0] * 5, fxfreeze_aoti=[]),
+        *latency_rows("alone", ort=[1.0] * 5, fxfreeze_onnx=[]),
+    ]
+    found = report.duels(rows)
+    assert [(duel.case, duel.verdict) for duel in found] == [("lost", "loss"), ("tied", "tie"), ("won", "win")]
+    assert (found[2].ours["peer"], found[2].peer["peer"]) == ("fxfreeze, onnx", "ort")
+    assert [duel.speed.value for duel in found] == [0.5, 1.0, 2.0]
+    assert report.geometric_mean([0.5, 1.0, 2.0]) == pytest.approx(1.0)
+    told = report.side_by_side(rows)
+    assert "3 cases: 1 win, 1 tie, 1 loss" in told and "bar [0.50, 1.00, 2.00]" in told
+    assert told.index("| lost |") < told.index("| tied |") < told.index("| won |")
+    assert "| lost | fxfreeze, aoti | failed: Error: it broke |" in told
+    assert report.side_by_side([]) == ""
+
+
+def test_the_results_are_those_of_the_files(tmp_path: Path) -> None:
+    assert report.FILE.read_text(encoding="utf-8") == report.text(), "run `python -m benchmarks report`"
+    with record.Writer(tmp_path / "name.jsonl", shared()) as writer:
+        writer.write(some_rows())
+    record.replace_row(tmp_path / "run.jsonl", {"name": "a run", "ok": True, "time": "now", "command": "do"})
+    (tmp_path / "run.svg").touch()
+    told = report.text(tmp_path)
+    assert "## name\n" in told and "| case | a\\|b (baseline) |" in told
+    assert f"## run\n\n![]({tmp_path.name}/run.svg)\n\n| run |" in told and "| a run | yes | now | `do` |" in told
 
 
 # ---- git

@@ -67,7 +67,7 @@ def _work(row: Row) -> str:
     return f"{quantity(work['operations'], 'OP')}, {quantity(work['bytes'], 'B')}" if work else ""
 
 
-def _roofline(row: Row) -> str:
+def roofline_cell(row: Row) -> str:
     share = reached(row)
     return "" if share is None else f"{share:.1%}"
 
@@ -90,7 +90,7 @@ COLUMNS: dict[str, Callable[[Row], str]] = {
     "peak memory": lambda row: "" if row["peak_memory"] is None else quantity(row["peak_memory"], "B"),
     "energy": lambda row: "" if row["energy"] is None else quantity(row["energy"], "J"),
     "work": _work,
-    "of roofline": _roofline,
+    "of roofline": roofline_cell,
     "rounds": lambda row: str(row["rounds"]),
     "remarks": remarks,
 }
