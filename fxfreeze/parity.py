@@ -26,6 +26,7 @@ from torch import Tensor
 from .constants import lift
 from .errors import EmitError
 from .margin import Slack, floor, slacks
+from .memory import return_free_memory
 from .program import Program
 from .proof import lifted_run
 from .sampling import dim_choices, sample_inputs
@@ -105,6 +106,7 @@ def draw(
     Raises:
         EmitError: the model does not run at sizes the plan allows.
     """
+    return_free_memory()  # of the passes: constants in float64 come on top
     draws = []
     for position, sizes in enumerate(dim_choices(program, count)):
         inputs = tuple(sample_inputs(program, sizes, seed=_SEED + position, examples=examples))

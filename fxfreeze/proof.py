@@ -8,8 +8,6 @@ a derivation, but it is a test of the whole function at the model's own weights.
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -18,6 +16,7 @@ import torch
 
 from .constants import lift
 from .errors import FxfreezeError, ProofError
+from .memory import return_free_memory
 from .program import Program, first_line, lifted_call
 
 TOLERANCE = 1e-10
@@ -112,16 +111,6 @@ def _gap(actual: torch.Tensor, expected: torch.Tensor) -> float:
     if gap != gap:
         return float("inf")
     return 0.0 if gap == 0 else gap / scale if scale > 0 else float("inf")
-
-
-def return_free_memory() -> None:
-    """Hand what was freed back to the system, where the C library can.
-
-    glibc keeps freed blocks of up to 32 MiB for itself; the float64 activations of a ResNet-152 left 106 MiB there, and
-    the weights folded after them came on top.
-    """
-    with contextlib.suppress(AttributeError, OSError, TypeError):  # another C library
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 class Prover:

@@ -55,6 +55,7 @@ TABLE: dict[str, str] = {
     "coupling": "axes dataflow program",
     "sampling": "plan program",
     "zeros": "",
+    "memory": "",
     "serialize": "constants kernels program sampling zeros",
     "exporting": "program",
     "rotations": "",
@@ -66,7 +67,7 @@ TABLE: dict[str, str] = {
     "calibration": "binding capture plan program sampling",
     "rewrite": "calibration plan program sensitivity",
     "inline": "program",
-    "proof": "constants program sampling",
+    "proof": "constants memory program sampling",
     "pipeline": "constants dataflow passes plan program proof rewrite sampling",
     "integers": "exporting kernels program",
     "packed": "inline kernels program",
@@ -74,7 +75,7 @@ TABLE: dict[str, str] = {
     "emit": "binding exporting integers kernels lower packed program sampling serialize",
     "margin": "constants kernels lower program proof",
     "banks": "plan program serialize",
-    "parity": "binding constants emit margin plan program proof report sampling",
+    "parity": "binding constants emit margin memory plan program proof report sampling",
     "firing": "kernels program",
     "locks": "",
     "factory": "",
@@ -99,8 +100,8 @@ TABLE: dict[str, str] = {
     "passes": "pass rewrite",
     "pass": "axes checkpoints constants coupling dataflow graft inline kernels masks nn pass-helper plan program "
     "rewrite rotations weights",
-    "pass-helper": "adapterhub axes checkpoints constants coupling dataflow graft inline kernels masks nn plan program "
-    "rewrite rotations sensitivity weights",
+    "pass-helper": "adapterhub axes checkpoints constants coupling dataflow graft inline kernels masks memory nn plan "
+    "program rewrite rotations sensitivity weights",
     "kernels": "",
     "kernel": "kernel-helper",
     "kernel-helper": "",

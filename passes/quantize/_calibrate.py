@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from fxfreeze.errors import PassError
+from fxfreeze.memory import return_free_memory
 from fxfreeze.program import Program
 from fxfreeze.rewrite import Context
 
@@ -59,6 +60,7 @@ def observe(program: Program, ctx: Context, values: Mapping[Node, Method]) -> Se
             quiet = 0 if news else quiet + 1
             if quiet == _PATIENCE:
                 break
+    return_free_memory()
     return Seen(observers, count, rows, quiet >= _PATIENCE)
 
 
