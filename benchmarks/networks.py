@@ -1,0 +1,45 @@
+"""Networks people use, bare and with everything a plan can do to them, against the libraries that do the same."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+
+from .harness import Case, Options
+from .suite import plans
+from .suite.networks import Network, networks
+from .suite.peers import PLAIN, peer
+from .suite.plans import Variant
+
+SUITE = "cpu"
+OURS = ("fxfreeze, onnx", "fxfreeze, aoti")
+RIVALS: dict[Variant, tuple[str, ...]] = {
+    plans.BARE: ("ONNX Runtime", *(name for name in PLAIN if name != "ONNX Runtime")),
+    plans.LORA: ("peft merged, ONNX Runtime", "peft merged, torch.compile, freezing", "peft, eager"),
+    plans.GATES: ("ONNX Runtime", "torch.compile, freezing"),
+    plans.TVERSKY: ("ONNX Runtime", "torch.compile, freezing", "eager"),
+    plans.TICKET: ("Torch-Pruning, ONNX Runtime", "Torch-Pruning, torch.compile, freezing", "ONNX Runtime"),
+    plans.QUANTIZED: ("quantize_static", "torchao", "NNCF, ONNX Runtime"),
+    plans.ALL: ("merged by hand, quantize_static", "torch.compile, freezing", "ONNX Runtime", "eager"),
+}
+"""What competes in each variant; the first, which is the best in practice, is the baseline."""
+QUICK = (plans.BARE, plans.LORA, plans.QUANTIZED, plans.ALL)
+
+
+def cases(options: Options) -> Iterator[Case]:
+    for network in networks(options):
+        for variant in QUICK if options.quick else plans.VARIANTS:
+            yield network_case(network, variant, options.quick)
+
+
+def network_case(network: Network, variant: Variant, quick: bool = False) -> Case:
+    rivals = RIVALS[variant][:1] if quick else RIVALS[variant]
+    names = (*rivals, *(OURS[:1] if quick else OURS))
+    return Case(
+        name=f"{network.name}, {variant.name}",
+        peers=tuple(peer(name, network, variant) for name in names),
+        baseline=names[0],
+        reference=functools.partial(plans.reference, network, variant),
+        inputs=network.draw,
+        tolerance=variant.tolerance(network),
+    )

@@ -1,0 +1,1 @@
+"""The networks of the suite, what is done to each of them, and the libraries that do it."""
