@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
+from dataclasses import replace
 
-from .harness import Case, Options
-from .suite import plans
+from .harness import LATENCY, Case, Options
+from .suite import plans, work
 from .suite.networks import Network, networks
 from .suite.peers import PLAIN, peer
 from .suite.plans import Variant
 
 SUITE = "cpu"
+METRIC = replace(LATENCY, rounds=11, quick_rounds=5)
+"""There are 70 cases, and most of their time goes into building what is measured."""
 OURS = ("fxfreeze, onnx", "fxfreeze, aoti")
 RIVALS: dict[Variant, tuple[str, ...]] = {
     plans.BARE: ("ONNX Runtime", *(name for name in PLAIN if name != "ONNX Runtime")),
@@ -42,4 +45,6 @@ def network_case(network: Network, variant: Variant, quick: bool = False) -> Cas
         reference=functools.partial(plans.reference, network, variant),
         inputs=network.draw,
         tolerance=variant.tolerance(network),
+        metric=METRIC,
+        work=functools.partial(work.of, network, variant),
     )

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..harness import Options, models
+from .. import models
+from ..harness import Options
 
 Inputs = tuple[Tensor, ...]
 TOKENS = 128

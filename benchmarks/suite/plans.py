@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..harness import Unavailable, models
+from .. import models
+from ..harness import Unavailable
 from ..tversky_cpu import draw_decided
 from .networks import Hidden, Network
 
