@@ -81,7 +81,7 @@ def executed(artifact: fz.Artifact, target: str) -> dict[str, str]:
 def test_adapters_that_rows_select_stay_in_floats_beside_int8(states: dict[int, dict[str, Tensor]]) -> None:
     pytest.importorskip("torchao", reason="needs fxfreeze[int8]")
     artifact = compiled(states, ("onnx", "torch"))
-    assert executed(artifact, "onnx") == dict.fromkeys(SITES, "integer-executed by QGemm in onnx")
+    assert executed(artifact, "onnx") == dict.fromkeys(SITES, "integer-executed by MatMulIntegerToFloat in onnx")
     assert executed(artifact, "torch") == dict.fromkeys(SITES, "integer-executed by oneDNN in torch")
     x, ids = batches()[0].values()
     for target in ("onnx", "torch"):

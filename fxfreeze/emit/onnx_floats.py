@@ -1,7 +1,7 @@
 """Where integers meet floats in ONNX: forms that ONNX Runtime runs as they are written.
 
-Between integers it would quantize a weight that is to stay in floats; in front of a ReLU in floats it would compute a
-product of integers in floats, and a product of floats with a weight of integers in front of what is quantized.
+Between integers it would quantize a weight that is to stay in floats; and it would compute a product of floats with a
+weight of integers in floats in front of a ReLU, and in front of what is quantized.
 """
 
 from __future__ import annotations
@@ -51,16 +51,14 @@ def computes_in_floats(node: Any) -> bool:
     return weight is not None and is_weight(weight) and (source is None or source.op_type != "DequantizeLinear")
 
 
-def part_from_quantize(graph: Any, product: Any) -> None:
-    """Put a Max with the smallest number, or with 0 for a ReLU, between the product and what quantizes its result."""
+def keep_apart(graph: Any, product: Any) -> None:
+    """Let the ReLU behind the product be a Max with 0, or put one with the least number where it is quantized next."""
     import numpy
 
     value = product.outputs[0]
     readers = [reader for reader, _ in value.uses()]
-    if len(readers) == 1 and readers[0].op_type == "Relu":
-        after = [reader for reader, _ in readers[0].outputs[0].uses()]
-        if [reader.op_type for reader in after] == ["QuantizeLinear"]:
-            _as_max(graph, product, readers[0])
+    if [reader.op_type for reader in readers] == ["Relu"]:
+        _as_max(graph, product, readers[0])
     elif [reader.op_type for reader in readers] == ["QuantizeLinear"]:
         import onnx_ir
 
@@ -70,15 +68,6 @@ def part_from_quantize(graph: Any, product: Any) -> None:
         describe(kept, f"{value.name}.kept", value)
         graph.insert_before(readers[0], kept)
         readers[0].replace_input_with(0, kept.outputs[0])
-
-
-def part_from_relu(graph: Any, gemm: Any) -> None:
-    """Let a ReLU whose result stays in floats be a Max with 0."""
-    weight, readers = gemm.inputs[1].producer(), [reader for reader, _ in gemm.outputs[0].uses()]
-    if weight is None or not is_weight(weight) or [reader.op_type for reader in readers] != ["Relu"]:
-        return
-    if {reader.op_type for reader, _ in readers[0].outputs[0].uses()} != {"QuantizeLinear"}:
-        _as_max(graph, gemm, readers[0])
 
 
 def _as_max(graph: Any, product: Any, relu: Any) -> None:

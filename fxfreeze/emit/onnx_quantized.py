@@ -15,9 +15,10 @@ from typing import Any
 from ..kernels.dequantize import KERNEL as DEQUANTIZE
 from ..kernels.quantize import KERNEL as QUANTIZE
 from .onnx_dynamic import PRODUCT, to_dynamic
-from .onnx_floats import computes_in_floats, part_from_quantize, part_from_relu, read_by_channel, would_be_quantized
+from .onnx_floats import computes_in_floats, keep_apart, read_by_channel, would_be_quantized
 from .onnx_graph import constant, describe, drop_unread, is_weight, pack, set_number
 from .onnx_lookups import look_up
+from .onnx_static import to_floats
 
 KERNELS = frozenset({
     "QLinearConv", "QLinearMatMul", "QGemm", "ConvInteger", "MatMulInteger", "MatMulIntegerToFloat",
@@ -45,14 +46,15 @@ def shape_for_runtime(graph: Any, products: int = 0) -> list[str]:
 
     * a product reads its weight as [in, out], transposed in the file and not while it runs;
     * a Gemm's bias is int32 on the grid of the product (ONNX Runtime does this for a Conv by itself);
-    * a product with a scale per call is one of integers, see :mod:`fxfreeze.emit.onnx_dynamic`;
+    * a product with a scale per call is one of integers, see :mod:`fxfreeze.emit.onnx_dynamic`; one with a measured
+      scale that gives floats has its bias inside, see :mod:`fxfreeze.emit.onnx_static`;
     * integers of 4 bits are stored as such, and a zero point of 0 for every block is left out;
     * an embedding looks integers up; a table that a product reads, too, is stored once, and transposed for the product
       when the file is opened;
     * a layer that stays in floats between integers reads them through scales per channel, all alike: behind one scale
       ONNX Runtime would quantize its weight, too, with one scale for all of it (WeightBiasQuantization);
-    * a ReLU whose result stays in floats is a Max with 0 behind an integer Gemm, which ONNX Runtime computes in floats
-      otherwise, as one operator with the ReLU;
+    * a ReLU behind a product that reads its weight alone as integers is a Max with 0: ONNX Runtime computes the product
+      in floats otherwise;
     * conversions carry no notes, which took a tenth of the file of a ResNet-20: shapes follow from their inputs, and
       their module is that of the layer beside them.
 
@@ -71,17 +73,16 @@ def shape_for_runtime(graph: Any, products: int = 0) -> list[str]:
     for node in weights:
         pack(graph, node, packed)
         _transpose(graph, node)
-    dynamic = to_dynamic(graph)
+    whole = to_dynamic(graph) | to_floats(graph)
     weights = [node for node in weights if node.graph is not None]
     for node in list(graph.all_nodes()):
         if would_be_quantized(node):
             read_by_channel(graph, node)
         if computes_in_floats(node):
-            part_from_quantize(graph, node)
+            keep_apart(graph, node)
         if node.op_type == "Gemm":
             _integer_bias(graph, node)
-            part_from_relu(graph, node)
-    readers = lookups | dynamic | {reader.name for node in weights for reader, _ in node.outputs[0].uses()}
+    readers = lookups | whole | {reader.name for node in weights for reader, _ in node.outputs[0].uses()}
     pairs = {node.name for node in graph.all_nodes() if _is_product(node)}
     if len(pairs) == products:
         readers |= pairs

@@ -395,7 +395,7 @@ def test_gates_and_integers_around_a_head_are_one_plan() -> None:
                 value.copy_(0.2 + 0.6 * torch.rand(value.shape))
     artifact = fz.compile(net, plan(*steps, targets=["onnx"]), calibration=batches())
     assert ran(artifact, "onnx") == {
-        "0": {"integer-executed by QGemm"},
+        "0": {"integer-executed by MatMulIntegerToFloat"},
         "2": {"integer-executed by MatMulInteger and ReduceSum"},
     }
 
