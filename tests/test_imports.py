@@ -105,7 +105,7 @@ TABLE: dict[str, str] = {
     "kernels": "",
     "kernel": "kernel-helper",
     "kernel-helper": "",
-    "benchmarks": "artifact capture coupling door factory kernel nn plan proof sampling",
+    "benchmarks": "artifact capture coupling door emit factory kernel lower nn pass passes plan proof sampling serialize",
 }
 
 GROUPS = {"kernels": {"kernels", "kernel", "kernel-helper"}}
