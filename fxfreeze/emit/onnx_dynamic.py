@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from .onnx_graph import sweep
+
 PRODUCT = "MatMulInteger"
 
 
@@ -33,7 +35,7 @@ def to_dynamic(graph: Any) -> set[str]:
             )
             for reader, weight in products:
                 names.add(_multiply(graph, reader, weight, integers))
-    _sweep(graph)
+    sweep(graph)
     return names
 
 
@@ -80,10 +82,3 @@ def _insert(
         value.name = f"{name}.{number}" if number else name
     graph.insert_before(before, node)
     return node
-
-
-def _sweep(graph: Any) -> None:
-    outputs = {id(value) for value in graph.outputs}
-    for node in reversed(list(graph.all_nodes())):
-        if not any(value.uses() or id(value) in outputs for value in node.outputs):
-            graph.remove(node, safe=True)

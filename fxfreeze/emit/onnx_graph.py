@@ -48,6 +48,14 @@ def drop_unread(graph: Any) -> None:
             del graph.initializers[name]
 
 
+def sweep(graph: Any) -> None:
+    """Remove nodes that nothing reads."""
+    outputs = {id(value) for value in graph.outputs}
+    for node in reversed(list(graph.all_nodes())):
+        if not any(value.uses() or id(value) in outputs for value in node.outputs):
+            graph.remove(node, safe=True)
+
+
 def has_zero_point(node: Any) -> bool:
     (value,) = node.inputs[2:] or (None,)
     return value is not None and (value.const_value is None or bool(value.const_value.numpy().any()))

@@ -18,6 +18,7 @@ from .onnx_dynamic import PRODUCT, to_dynamic
 from .onnx_floats import computes_in_floats, keep_apart, read_by_channel, would_be_quantized
 from .onnx_graph import constant, describe, drop_unread, is_weight, pack, set_number
 from .onnx_lookups import look_up
+from .onnx_parts import cut
 from .onnx_static import to_floats
 
 KERNELS = frozenset({
@@ -74,6 +75,7 @@ def shape_for_runtime(graph: Any, products: int = 0) -> list[str]:
         pack(graph, node, packed)
         _transpose(graph, node)
     whole = to_dynamic(graph) | to_floats(graph)
+    cut(graph)
     weights = [node for node in weights if node.graph is not None]
     for node in list(graph.all_nodes()):
         if would_be_quantized(node):

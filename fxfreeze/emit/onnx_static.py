@@ -10,9 +10,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from .onnx_graph import describe, has_zero_point, is_weight, number
+from .onnx_graph import describe, has_zero_point, is_weight, number, sweep
 
 _DOMAIN = "com.microsoft"
+PRODUCT = "MatMulIntegerToFloat"
 
 
 def to_floats(graph: Any) -> set[str]:
@@ -29,6 +30,7 @@ def to_floats(graph: Any) -> set[str]:
             bias, last = _bias(node)
             if not _is_quantized(last.outputs[0]):
                 names.add(_multiply(graph, node, bias, last))
+    sweep(graph)
     return names
 
 
@@ -79,7 +81,7 @@ def _multiply(graph: Any, node: Any, bias: Any, last: Any) -> str:
     operands = [value.inputs[0], weight.inputs[0], value.inputs[1], weight.inputs[1], *value.inputs[2:3]]
     if bias is not None:
         operands += [None] * (6 - len(operands)) + [bias]
-    product = onnx_ir.node("MatMulIntegerToFloat", domain=_DOMAIN, inputs=operands, name=node.name)
+    product = onnx_ir.node(PRODUCT, domain=_DOMAIN, inputs=operands, name=node.name)
     product.metadata_props.update(node.metadata_props)
     old, new = last.outputs[0], product.outputs[0]
     describe(product, old.name, old)
@@ -87,7 +89,4 @@ def _multiply(graph: Any, node: Any, bias: Any, last: Any) -> str:
     old.replace_all_uses_with(new, replace_graph_outputs=True)
     for done in dict.fromkeys((last, node)):
         graph.remove(done, safe=True)
-    for source in (value, weight):
-        if not source.outputs[0].uses():
-            graph.remove(source, safe=True)
     return str(product.name)
