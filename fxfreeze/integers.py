@@ -77,7 +77,7 @@ def executed(
     """
     layers = integer_layers(program)
     # Of a product of two computed values Inductor makes no integer kernel.
-    reading = {node for node in layers if not layers[node].product and _reads_grid(program, node)}
+    reading = {node for node in layers if calls and not layers[node].product and _reads_grid(program, node)}
     similarities = set(filter(is_head, layers))
     ran = {**weights, **(dict.fromkeys(reading, "oneDNN") if calls == len(reading) else {})}
     if heads is None or heads == len(similarities):

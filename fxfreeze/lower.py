@@ -53,7 +53,7 @@ class Lowering:
         """As `exported`, with the C++ form of operators of ours where it supports the arguments, torch's own where they
         quantize, and weights that are read as integers; for AOTInductor."""
         table, quantized = natives(), has_integers(self.program)
-        program = with_packed(self.program) if has_packed(self.program) else self.program
+        program = with_packed(self.program, launches=False) if has_packed(self.program) else self.program
         if not quantized and program is self.program and not any(node.target in table for node in program.graph.nodes):
             return self.exported
         program = with_integers(program) if quantized else program

@@ -3,6 +3,9 @@
 A Program holds dequantize → layer, which ONNX Runtime makes kernels of. Inductor would make a float weight of it,
 before the first call or in every one. So, for these two targets, a linear layer becomes ``fxfreeze::quantized_linear``,
 whose C++ reads integers of 8 or 4 bits, and an embedding looks integers up and makes floats of those rows only.
+
+On a GPU the operator's Triton kernel does that, in torch.compile: AOTInductor launches none of ours, and leaves such a
+layer in floats there. Layers with integers on both sides: :mod:`fxfreeze.launched`.
 """
 
 from __future__ import annotations
@@ -19,14 +22,15 @@ from torch.fx import Node
 
 from .inline import inline
 from .kernels import _native
+from .kernels._op import has_triton
 from .kernels.dequantize import KERNEL as DEQUANTIZE
 from .kernels.quantized_linear import CHUNK, NATIVE, pack, unpack
 from .kernels.quantized_linear import KERNEL as LINEAR
-from .program import Program
+from .program import Program, on_cpu
 
 aten = torch.ops.aten
 
-_PRODUCTS: dict[Any, tuple[int, int, int | None]] = {
+PRODUCTS: dict[Any, tuple[int, int, int | None]] = {
     aten.linear.default: (0, 1, 2),
     aten.addmm.default: (1, 2, 0),
     aten.mm.default: (0, 1, None),
@@ -71,11 +75,15 @@ def has_packed(program: Program) -> bool:
     return any(_dequantized(node, _position(node)) is not None for node in program.graph.nodes)
 
 
-def with_packed(program: Program) -> Program:
-    """A copy in which layers read the integers of their weight, where there is a form for them."""
+def with_packed(program: Program, *, launches: bool = True) -> Program:
+    """A copy in which layers read the integers of their weight, where there is a form for them.
+
+    Args:
+        launches: whether the target calls operators by name, and so their Triton kernels.
+    """
     program = program.clone()
     shelf = _Shelf(program)
-    for node, weight in list(_layers(program)):
+    for node, weight in list(_layers(program, launches)):
         program.replace(node, _lookup(shelf, node, weight) if _is_lookup(node) else _product(shelf, node, weight))
     program.sweep()
     return program
@@ -86,30 +94,36 @@ def executed(program: Program, calls: int | None = None) -> dict[Node, str]:
 
     Args:
         calls: of ``quantized_linear`` in the code that was generated; None: the operator is called by name, and runs in
-            C++ where that is built. With fewer than there are layers, none of these counts.
+            C++ where that is built, or on a GPU. With fewer than there are layers, none of these counts.
     """
-    layers = [node for node, _ in _layers(program)]
+    layers = [node for node, _ in _layers(program, launches=calls is None)]
+    layers += [node for node in program.graph.find_nodes(op="call_function", target=LINEAR.op) if calls is None]
     products = [node for node in layers if not _is_lookup(node)]
     if calls is None:
-        done = not products or _native.library(NATIVE.source) is not None
+        done = not products or not on_cpu(program.inputs) or _native.library(NATIVE.source) is not None
     else:
         done = calls >= len(products)
     return {node: LOOKUP if _is_lookup(node) else LINEAR.name for node in layers if done or _is_lookup(node)}
 
 
-def _layers(program: Program) -> Iterator[tuple[Node, Weight]]:
+def _layers(program: Program, launches: bool) -> Iterator[tuple[Node, Weight]]:
     for node in program.graph.nodes:
-        source = _dequantized(node, _position(node))
-        weight = None if source is None else _weight(program, source, turned=_is_turned(node))
-        if weight is not None and (_is_lookup(node) or _has_form(node, weight)):
+        weight = constant_weight(program, node)
+        if weight is not None and (_is_lookup(node) or has_form(program, node, weight, launches)):
             yield node, weight
+
+
+def constant_weight(program: Program, node: Node) -> Weight | None:
+    """The weight that `node`, a linear layer or an embedding, reads through a dequantize; None: it reads none."""
+    source = _dequantized(node, _position(node))
+    return None if source is None else _weight(program, source, turned=_is_turned(node))
 
 
 def _position(node: Node) -> int | None:
     """Where the weight stands among the arguments."""
     if node.target is aten.embedding.default:
         return 0
-    return _PRODUCTS[node.target][1] if node.target in _PRODUCTS else None
+    return PRODUCTS[node.target][1] if node.target in PRODUCTS else None
 
 
 def _is_lookup(node: Node) -> bool:
@@ -118,7 +132,7 @@ def _is_lookup(node: Node) -> bool:
 
 def _is_turned(node: Node) -> bool:
     """Whether the weight is stored [in, out]."""
-    return node.target in _PRODUCTS and node.target is not aten.linear.default
+    return node.target in PRODUCTS and node.target is not aten.linear.default
 
 
 def _dequantized(node: Node, position: int | None) -> Node | None:
@@ -149,22 +163,29 @@ def _weight(program: Program, source: Node, turned: bool) -> Weight | None:
     return Weight(names[0], turned, values, scale)
 
 
-def _has_form(node: Node, weight: Weight) -> bool:
-    """Whether the C++ takes the layer; its operands have their shapes."""
-    x, _, bias = _operands(node)
+def has_form(program: Program, node: Node, weight: Weight, launches: bool) -> bool:
+    """Whether the C++, or the Triton kernel, takes the layer; its operands have their shapes."""
+    if _is_lookup(node):
+        return False
+    x, _, bias = operands(node)
     if any(not isinstance(item, Node) for item in (x, *([] if bias is None else [bias]))):
         return False
     if x.target is DEQUANTIZE.op or weight.scale.dtype != x.meta["val"].dtype:
-        return False  # integers on both sides are oneDNN's
+        return False  # integers on both sides are oneDNN's, or integer_linear's
     if bias is not None and tuple(bias.meta["val"].shape) != (len(weight.values),):
         return False
     given = x.meta["val"]
-    fits = given.device.type == "cpu" and given.shape[-1] == weight.values.shape[1]
-    return bool(fits and NATIVE.supports(given, weight.values, weight.scale))
+    if given.shape[-1] != weight.values.shape[1]:
+        return False
+    if on_cpu(program.inputs):
+        return NATIVE.supports(given, weight.values, weight.scale)
+    assert LINEAR.supports is not None
+    return launches and has_triton() and LINEAR.supports(given, weight.values, weight.scale)
 
 
-def _operands(node: Node) -> tuple[Any, Any, Any]:
-    source, weight, bias = _PRODUCTS[node.target]
+def operands(node: Node) -> tuple[Any, Any, Any]:
+    """Input, weight and bias of a layer in :data:`PRODUCTS`."""
+    source, weight, bias = PRODUCTS[node.target]
     given = None if bias is None or len(node.args) <= bias else node.args[bias]
     return node.args[source], node.args[weight], given
 
@@ -193,7 +214,7 @@ class _Shelf:
 
 
 def _product(shelf: _Shelf, node: Node, weight: Weight) -> Node:
-    x, _, bias = _operands(node)
+    x, _, bias = operands(node)
     return shelf.program.call(LINEAR.op, x, *shelf.take(weight, node), bias, before=node, like=node)
 
 

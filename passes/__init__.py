@@ -36,6 +36,7 @@ from .freeze.masks import FoldMasks
 from .fuse.block_sparse import BlockSparse
 from .fuse.gated_linear import FuseGatedLinear
 from .fuse.parallel import MergeParallel
+from .fuse.quantized_gate import FuseQuantizedGate
 from .fuse.selected import SelectForm
 from .fuse.semi_structured import SemiStructured
 from .fuse.sparse_down import SparseDown
@@ -105,6 +106,7 @@ PIPELINE: tuple[Pass, ...] = (
     SparseDown(),
     BlockSparse(),
     SemiStructured(),
+    FuseQuantizedGate(),
     FuseGatedLinear(),
     MergeParallel(),
     SelectForm(),

@@ -71,8 +71,9 @@ TABLE: dict[str, str] = {
     "pipeline": "constants dataflow passes plan program proof rewrite sampling",
     "integers": "exporting kernels program",
     "packed": "inline kernels program",
+    "launched": "inline kernels packed program",
     "lower": "exporting integers kernels packed program sampling",
-    "emit": "binding exporting integers kernels lower packed program sampling serialize",
+    "emit": "binding exporting integers kernels launched lower packed program sampling serialize",
     "margin": "constants kernels lower program proof",
     "banks": "plan program serialize",
     "parity": "binding constants emit margin memory plan program proof report sampling",
@@ -98,8 +99,8 @@ TABLE: dict[str, str] = {
     "cli": "door adapt api artifact bench demo factory passes plan report rewrite _version",
     "__main__": "cli",
     "passes": "pass rewrite",
-    "pass": "axes checkpoints constants coupling dataflow graft inline kernels masks nn pass-helper plan program "
-    "rewrite rotations weights",
+    "pass": "axes checkpoints constants coupling dataflow graft inline kernels masks nn packed pass-helper plan "
+    "program rewrite rotations weights",
     "pass-helper": "adapterhub axes checkpoints constants coupling dataflow graft inline kernels masks memory nn plan "
     "program rewrite rotations sensitivity weights",
     "kernels": "",

@@ -27,6 +27,8 @@ from torch.fx import GraphModule
 from .. import packed
 from ..exporting import quiet
 from ..integers import count_lowered, executed, has_integers, with_integers
+from ..launched import executed as launched
+from ..launched import has_launched, with_launched
 from ..lower import Lowering, emit_error
 from ..program import TensorSpec, on_cpu
 from ..sampling import sample_inputs, tracing_sizes
@@ -39,7 +41,7 @@ def emit(lowering: Lowering, folder: Path) -> dict[str, Any]:
     save_program(program, folder)
     facts: dict[str, Any] = {"freezing": on_cpu(program.inputs)}
     calls = _lowered(lowering, folder) if has_integers(program) else 0
-    return facts | executed(program, calls, packed.executed(program))
+    return facts | executed(program, calls, launched(program))
 
 
 def _lowered(lowering: Lowering, folder: Path) -> int:
@@ -53,6 +55,8 @@ def _lowered(lowering: Lowering, folder: Path) -> int:
 def load(folder: Path, interface: Interface) -> CompiledProgram:
     """Read the Program; nothing is compiled yet. Raises ArtifactError for files that do not hold one."""
     program = load_program(folder, shapes=False)
+    if has_launched(program):
+        return CompiledProgram(with_launched(load_program(folder)).graph_module(), interface)
     if packed.has_packed(program) or has_integers(program):
         program = packed.with_packed(load_program(folder))
     if has_integers(program):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -14,14 +13,14 @@ from torch import Tensor
 from torch.fx import Node
 from torch.nn.functional import linear
 
-from fxfreeze.kernels._op import at_most
 from fxfreeze.kernels.gate import KERNEL as GATE
 from fxfreeze.kernels.gated_linear import KERNEL as FUSED
-from fxfreeze.program import Origin, Program
-from fxfreeze.rewrite import Context, NodeRewrite, NoMatch, Outcome, fail
+from fxfreeze.program import Program
+from fxfreeze.rewrite import Context, NodeRewrite, NoMatch, fail
 
 from .._gates import tell_firing
 from .._operators import WeightOperator, arguments, constant_problem, weight_operator
+from ._gated import gate_problem, most_rows, report_gate
 from ._timing import medians
 
 aten = torch.ops.aten
@@ -37,7 +36,7 @@ ACTIVATIONS = {
 
 @dataclass(frozen=True)
 class Layer:
-    """What the time of a gated layer hangs on; `rows`: the most there may be, up to :data:`ROWS`."""
+    """What the time of a gated layer hangs on; `rows`: see ``_gated.most_rows``."""
 
     rows: int
     inputs: int
@@ -48,8 +47,7 @@ class Layer:
     device: torch.device
 
 
-ROWS = 2048
-"""More rows take more time in the same proportion."""
+REQUESTED = "a gate behind a linear layer"
 
 Measure = Callable[[Layer], tuple[float, float]]
 """Seconds of the one kernel, and of what it takes the place of."""
@@ -75,7 +73,7 @@ class FuseGatedLinear(NodeRewrite):
         self.measure = measure or measured
 
     def missed(self, program: Program, miss: NoMatch, ctx: Context) -> None:
-        _report(program, ctx, miss.node, "skipped", executes=str(GATE.op), detail=miss.reason)
+        report_gate(program, ctx, miss.node, REQUESTED, "skipped", executes=str(GATE.op), detail=miss.reason)
 
     def rewrite(self, program: Program, node: Node, ctx: Context) -> bool | NoMatch:
         if node.meta["val"].device.type not in self.devices or tuple(ctx.plan.targets) != ("torch",):
@@ -87,16 +85,14 @@ class FuseGatedLinear(NodeRewrite):
         said = f"{fused * 1e3:.3g} ms against {apart * 1e3:.3g}"
         if fused >= apart:
             return fail(f"one kernel is no faster: {said}", node)
-        _report(program, ctx, node, "rewritten", executes=str(FUSED.op), detail=f"{found.says}: {said}")
+        report_gate(program, ctx, node, REQUESTED, "rewritten", executes=str(FUSED.op), detail=f"{found.says}: {said}")
         program.replace(found.last, build(program, found))
         return True
 
 
 def _layer(found: GatedLinear) -> Layer:
     x, shape = found.linear.input.meta["val"], found.linear.shape
-    count = math.prod(x.shape[:-1])
-    rows = next((size for size in (2**power for power in range(ROWS.bit_length())) if at_most(count, size)), ROWS)
-    return Layer(rows, shape[1], shape[0], found.activation, found.up is not None, x.dtype, x.device)
+    return Layer(most_rows(x), shape[1], shape[0], found.activation, found.up is not None, x.dtype, x.device)
 
 
 @functools.cache
@@ -144,16 +140,9 @@ class GatedLinear:
 
 def match(program: Program, gate: Node) -> GatedLinear | NoMatch:
     """What is to be fused with `gate`, or why nothing is."""
-    given, value = arguments(gate), gate.meta["val"]
-    if given["temperature"] is not None:
-        return fail("it is soft", gate)
-    if given["mode"] is not None:
-        return fail("its thresholds differ from row to row", gate)
-    if given["dim"] not in (-1, value.dim() - 1):
-        return fail(f"its neurons lie along dim {given['dim']}, not along the last", gate)
-    threshold = given["threshold"].meta["val"].dtype
-    if value.dtype == torch.float64 or threshold != torch.float32:
-        return fail(f"the kernel takes no {threshold} threshold beside {value.dtype}", gate)
+    given = arguments(gate)
+    if (reason := gate_problem(gate, given)) is not None:
+        return fail(reason, gate)
     behind, activation = given["h"], _activation(given["h"])
     if activation != "none":
         if set(behind.users) != {gate}:
@@ -212,12 +201,3 @@ def build(program: Program, found: GatedLinear) -> Node:
     fused = program.call(FUSED.op, *operands, before=found.last, like=found.gate, **how)
     tell_firing(program, fused, found.gate, -1)
     return fused
-
-
-def _report(program: Program, ctx: Context, gate: Node, outcome: Outcome, *, executes: str, detail: str) -> None:
-    origin = gate.meta.get("fxfreeze")
-    step, site = (origin.step, origin.site) if isinstance(origin, Origin) else ("", program.module_path(gate))
-    ctx.ledger.add(
-        site=site, step=step, requested="a gate behind a linear layer", outcome=outcome, executes=executes,
-        detail=detail,
-    )  # fmt: skip
