@@ -1,4 +1,4 @@
-"""The Triton kernels of quantized layers on a GPU, against torch's own and against a copy of as many bytes."""
+"""The Triton kernels of what is quantized on a GPU, against torch's own and against a copy of as many bytes."""
 
 from __future__ import annotations
 
@@ -38,6 +38,9 @@ def cases(options: Options) -> Iterator[Case]:
         yield four_bits_against_a_copy(size)
     yield eight_bits_against_torch(Size(32, 64, 64) if options.quick else Size(4096, 4096, 4096))
     yield eight_bits_against_a_copy(Size(16, 64, 64) if options.quick else Size(16, 4096, 14336))
+    yield three_sums(Size(64, 64, 128) if options.quick else Size(4096, 1024, 8192))
+    yield one_object(Size(1, 64, 128) if options.quick else Size(1, 1024, 50257))
+    yield minima(Size(64, 64, 128) if options.quick else Size(1024, 1024, 4096))
 
 
 # ---- weights of 4 bits, bfloat16
@@ -154,6 +157,82 @@ def _transposed(size: Size) -> Tensor:
     return _integers(size)[2].T
 
 
+# ---- Tversky similarity of codes
+
+KINDS = {
+    "three sums": {"model": "ratio", "intersection": "product", "difference": "ignorematch", "semantics": "aggregate"},
+    "minima": {"model": "contrast", "intersection": "min", "difference": "subtractmatch", "semantics": "inclusive"},
+}
+ALU_LIMIT = 3.0
+"""Of a minimum and an addition; see ``tversky_gpu.py``."""
+
+
+def three_sums(size: Size) -> Case:
+    """Three products of codes in one kernel, against ``_int_mm`` doing as many multiplications: 0.7 of its rate."""
+    other = functools.cache(lambda: _table(size.outputs, 3 * size.inputs).view(torch.int8).T)
+    bound = Peer("torch._int_mm", lambda: lambda a, wide: torch._int_mm(wide, other()),
+                 reference=lambda a, wide: wide.double() @ other().double())  # fmt: skip
+    return _similarity("three sums", size, "torch", bound, 1 / 0.7)
+
+
+def one_object(size: Size) -> Case:
+    """A byte per measure must be read: copying as many, at 0.7 of its rate."""
+    total = size.inputs * size.outputs + 4 * size.outputs
+    return _similarity("three sums", size, f"a copy of {total / 1e6:.1f} MB", _copy(total), 1 / 0.7)
+
+
+def minima(size: Size) -> Case:
+    """Σ min(a, b), against a product of the same shape in float32, without TF32."""
+    other = functools.cache(lambda: torch.randn(size.inputs, size.outputs).to(DEVICE))
+    bound = Peer("cuBLAS, float32", lambda: lambda a, wide: a.float() @ other(),
+                 reference=lambda a, wide: a.double() @ other().double())  # fmt: skip
+    return _similarity("minima", size, "cuBLAS in float32", bound, ALU_LIMIT)
+
+
+def _similarity(kind: str, size: Size, name: str, bound: Peer, limit: float) -> Case:
+    table = functools.cache(lambda: _prototypes(size))
+
+    def prepare() -> Callable[..., Any]:
+        from fxfreeze.kernels.tversky_integer import KERNEL
+
+        return lambda a, wide: KERNEL.op(a, *table(), **KINDS[kind])
+
+    def exact(a: Tensor, wide: Tensor) -> Tensor:
+        from fxfreeze.kernels.tversky_integer import KERNEL
+
+        measures, totals, *numbers = table()
+        found: Tensor = KERNEL.reference(a, measures, totals, *(value.double() for value in numbers), **KINDS[kind])
+        return found
+
+    return Case(
+        name=f"codes, {kind}, {size}, against {name}",
+        peers=(bound, Peer("fxfreeze::tversky_integer", prepare, limit=limit)), baseline=bound.name,
+        reference=exact, inputs=functools.partial(_objects, size), tolerance=1e-5, device=DEVICE,
+    )  # fmt: skip
+
+
+def _objects(size: Size, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """The objects' codes, and three times as wide as int8, what a product of as many multiplications takes."""
+    a = _codes(size, generator)
+    return a, a.view(torch.int8).repeat(1, 3)
+
+
+def _codes(size: Size, generator: torch.Generator) -> Tensor:
+    """[rows, inputs], a third of them absent."""
+    drawn = torch.randint(-128, 256, (size.rows, size.inputs), generator=generator)
+    return drawn.clamp(min=0).to(torch.uint8).to(DEVICE)
+
+
+def _table(rows: int, columns: int) -> Tensor:
+    return _codes(Size(rows, columns, 0), torch.Generator().manual_seed(1))
+
+
+def _prototypes(size: Size) -> tuple[Tensor, ...]:
+    measures = _table(size.inputs, size.outputs)
+    numbers = (torch.tensor(value, device=DEVICE) for value in (0.01, 1.0, 0.5, 0.5))
+    return measures, measures.sum(0, dtype=torch.int32), *numbers
+
+
 # ---- bytes
 
 
@@ -161,4 +240,5 @@ def _copy(count: int) -> Peer:
     """Half of `count` bytes are read and as many written."""
     half = functools.cache(lambda: torch.arange(count // 2).to(DEVICE, torch.uint8))
     target = functools.cache(lambda: torch.empty_like(half()))
-    return Peer("a copy of the bytes", lambda: lambda x: target().copy_(half()), reference=lambda x: half())
+    return Peer("a copy of the bytes", lambda: lambda *given: target().copy_(half()),
+                reference=lambda *given: half())  # fmt: skip

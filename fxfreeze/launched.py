@@ -73,6 +73,11 @@ def executed(program: Program) -> dict[Node, str]:
     return read(program) | {product.node: LINEAR.name for product in _products(program)}
 
 
+def head_calls(program: Program) -> int | None:
+    """How many Tversky heads a kernel sums up; None: all there are."""
+    return None if on_cpu(program.inputs) or has_triton() else 0
+
+
 def _products(program: Program) -> Iterator[Product]:
     if on_cpu(program.inputs) or not has_triton():
         return
@@ -87,9 +92,9 @@ def _product(program: Program, node: Node) -> Product | None:
     weight = constant_weight(program, node)
     if weight is None or weight.scale.shape[1] != 1 or not isinstance(x, Node) or x.target is not DEQUANTIZE.op:
         return None
-    q, scale, zero, _, block, dtype = x.args
+    q, scale, zero, *_, dtype = x.args
     assert isinstance(q, Node) and isinstance(scale, Node) and isinstance(zero, Node)
-    if block or scale.meta["val"].ndim or not scale.meta["val"].dtype == weight.scale.dtype == dtype:
+    if scale.meta["val"].ndim or not scale.meta["val"].dtype == weight.scale.dtype == dtype:
         return None
     if not 1 <= weight.values.shape[1] <= MAX_INPUTS or q.meta["val"].shape[-1] != weight.values.shape[1]:
         return None

@@ -28,7 +28,7 @@ from .. import packed
 from ..exporting import quiet
 from ..integers import count_lowered, executed, has_integers, with_integers
 from ..launched import executed as launched
-from ..launched import has_launched, with_launched
+from ..launched import has_launched, head_calls, with_launched
 from ..lower import Lowering, emit_error
 from ..program import TensorSpec, on_cpu
 from ..sampling import sample_inputs, tracing_sizes
@@ -41,7 +41,7 @@ def emit(lowering: Lowering, folder: Path) -> dict[str, Any]:
     save_program(program, folder)
     facts: dict[str, Any] = {"freezing": on_cpu(program.inputs)}
     calls = _lowered(lowering, folder) if has_integers(program) else 0
-    return facts | executed(program, calls, launched(program))
+    return facts | executed(program, calls, launched(program), head_calls(program))
 
 
 def _lowered(lowering: Lowering, folder: Path) -> int:

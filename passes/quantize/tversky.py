@@ -15,7 +15,7 @@ from fxfreeze.kernels._tversky import Combination, combination
 from fxfreeze.kernels.quantize import KERNEL as QUANTIZE
 from fxfreeze.kernels.tversky_frozen import KERNEL as FROZEN
 from fxfreeze.kernels.tversky_integer import KERNEL as INTEGER
-from fxfreeze.kernels.tversky_integer import LEVELS, problem
+from fxfreeze.kernels.tversky_integer import LEVELS, MAX_MINIMA, problem
 from fxfreeze.program import INTEGERS, IntegerSite, Program
 from fxfreeze.rewrite import Context, Pass
 
@@ -44,7 +44,7 @@ class QuantizeTversky(Pass):
     name, stage, exact = "quantize_tversky", "quantize", False
 
     def run(self, program: Program, ctx: Context) -> int:
-        heads = integer_heads(program, ctx, lambda head: _problem(program, head))
+        heads = integer_heads(program, ctx, lambda head: _problem(program, head, ctx.plan.targets))
         if not heads:
             return 0
         before = program.clone()
@@ -70,8 +70,10 @@ class Grid:
         """What is larger saturates."""
         return (LEVELS + 0.5) * self.step
 
-    def tensor(self) -> Tensor:
-        return torch.tensor(self.step, dtype=self.dtype)
+    def tensors(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """The step, and the code of an absent feature."""
+        step = torch.tensor(self.step, dtype=self.dtype, device=device)
+        return step, torch.tensor(0, dtype=torch.uint8, device=device)
 
 
 def codes(measures: Tensor, step: Tensor, zero: Tensor, threshold: float) -> Tensor:
@@ -80,19 +82,30 @@ def codes(measures: Tensor, step: Tensor, zero: Tensor, threshold: float) -> Ten
     return QUANTIZE.op(present, step, zero, 0, 0, 0, LEVELS)
 
 
-def _problem(program: Program, head: Head) -> str | None:
+def _problem(program: Program, head: Head, targets: Sequence[str]) -> str | None:
     if head.node.target is not FROZEN.op:
         return "its bank and prototypes were not folded into constant measures"
     if head.step.budget is not None:
         return "a budget chooses among layers; name the head in a step of its own, without one"
     how, measures = _combination(head.node), _read(head.node, "measures").meta["val"]
-    if measures.device.type != "cpu":
-        return "integer similarities have a kernel on CPUs only"
+    if measures.device.type != "cpu" and (reason := _gpu_problem(how, measures, targets)):
+        return reason
     if how.threshold < 0:
         return f"features with negative measures are present above {how.threshold:g}, and the grid begins at 0"
     if any(program.constant(_read(head.node, name)) is None for name in ("measures", "totals", *_WEIGHTS)):
         return "its prototypes or its weights are computed in the graph, not constant"
     return problem(how, measures.shape[0])
+
+
+def _gpu_problem(how: Combination, measures: Tensor, targets: Sequence[str]) -> str | None:
+    """Why the Triton kernel does not run the similarity, or None."""
+    if measures.device.type != "cuda" or tuple(targets) != ("torch",):
+        return f"on {measures.device.type}, integer similarities have a kernel for the torch target alone"
+    if measures.dtype == torch.float64:
+        return "the kernel for GPUs takes no float64"
+    if "min" in how.terms and measures.shape[0] > MAX_MINIMA:
+        return f"the kernel for GPUs sums minima of up to {MAX_MINIMA} features"
+    return None
 
 
 def _read(head: Node, name: str) -> Node:
@@ -140,7 +153,7 @@ def _tried(program: Program, ctx: Context, heads: Sequence[Head], seen: Seen) ->
 
 def _computed(program: Program, head: Node, grid: Grid, a: Tensor) -> Tensor:
     given, (table, totals) = arguments(head), _tables(program, head, grid)
-    step, zero, threshold = grid.tensor(), torch.tensor(0, dtype=torch.uint8), given["threshold"]
+    (step, zero), threshold = grid.tensors(a.device), given["threshold"]
     weights = (program.constant(given[name]) for name in _WEIGHTS)
     kinds = {key: given[key] for key in _KINDS}
     return INTEGER.op(codes(a, step, zero, threshold), table, totals, step, *weights, **kinds, dtype=given["dtype"])
@@ -150,8 +163,8 @@ def _tables(program: Program, head: Node, grid: Grid) -> tuple[Tensor, Tensor]:
     """Codes of the prototypes, made of what folding computed in float64, and their sums."""
     measures = program.constant64(_read(head, "measures"))
     assert measures is not None
-    step = grid.tensor().double()
-    table = codes(measures, step, torch.tensor(0, dtype=torch.uint8), arguments(head)["threshold"])
+    step, zero = grid.tensors(measures.device)
+    table = codes(measures, step.double(), zero, arguments(head)["threshold"])
     return table, table.sum(0, dtype=torch.int32)
 
 
@@ -173,8 +186,10 @@ def _report(program: Program, ctx: Context, head: Head, grid: Grid, noise: Tally
 def _rewrite(program: Program, head: Head, grid: Grid) -> None:
     node, given = head.node, arguments(head.node)
     name, kinds = str(_read(node, "measures").target), {key: given[key] for key in _KINDS}
-    constants = dict(zip(("codes", "totals"), _tables(program, node, grid), strict=True))
-    constants |= {"step": grid.tensor(), "zero": torch.tensor(0, dtype=torch.uint8)}
+    table, totals = _tables(program, node, grid)
+    constants = dict(
+        zip(("codes", "totals", "step", "zero"), (table, totals, *grid.tensors(table.device)), strict=True)
+    )
     nodes = [program.add_constant(f"{name}.{leaf}", value.contiguous(), before=node, like=node)
              for leaf, value in constants.items()]  # fmt: skip
 

@@ -18,6 +18,7 @@ from fxfreeze.errors import EmitError
 from fxfreeze.kernels._op import OPS
 from fxfreeze.launched import executed, has_launched, with_launched
 from fxfreeze.lower import Lowering
+from fxfreeze.nn import TverskyProjection
 from fxfreeze.packed import executed as packed_executed
 from fxfreeze.packed import with_packed
 from fxfreeze.program import Program
@@ -178,6 +179,16 @@ def test_without_triton_nothing_runs_on_integers(step: str, monkeypatch: pytest.
         monkeypatch.setattr(f"fxfreeze.{room}.has_triton", lambda: False)
     program = on_gpu(Net(), STEPS[step][0])
     assert not executed(program) and not calls(with_launched(program), BOTH, ALONE)
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_a_tversky_head_counts_where_triton_is(known: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fxfreeze.launched.has_triton", lambda: known)
+    step = fz.Quantize("0", allow_simulated=True)
+    program = on_gpu(nn.Sequential(TverskyProjection(WIDTH, 6, 24)), step)
+    assert told(program, tmp_path, step) == {
+        "0": "integer-executed by tversky_integer in torch" if known else "simulated in torch"
+    }
 
 
 @pytest.mark.parametrize("step", ["static", "int8-weight"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 
 from fxfreeze.kernels import _native, _tversky
 from fxfreeze.kernels._op import OPS
-from fxfreeze.kernels.tversky_integer import LEVELS, problem
+from fxfreeze.kernels.tversky_integer import LEVELS, MAX_MINIMA, problem
 
 KERNEL, FROZEN = OPS["tversky_integer"], OPS["tversky_frozen"]
 NATIVE = KERNEL.native
@@ -280,3 +281,198 @@ def test_native_refuses_what_it_would_read_beyond():
 
 def test_native_opcheck():
     torch.library.opcheck(KERNEL.native_op, (*draw(), *SOME[1]))
+
+
+# ---- GPU
+
+triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
+
+
+def launched(device, arguments, kind, **more):
+    on = [value.to(device) for value in arguments]
+    assert KERNEL.supports(*on, **named(kind))
+    return KERNEL.launch(*on, **named(kind, **more)).cpu()
+
+
+def powers(*args, **kwargs):
+    """Numbers behind the sums that float32 holds, up to a division."""
+    values = [torch.tensor(value) for value in (0.5, 2.0, 0.5, 0.25)]
+    return [*draw(*args, **kwargs)[:3], *values]
+
+
+def close(found, want, kind):
+    """The same bits, but for quotients, roots and logarithms, which round differently."""
+    exact = kind[0] == "contrast" and kind[1] not in ("gmean", "softmin")
+    assert found.shape == want.shape and found.dtype == want.dtype
+    assert torch.equal(found, want) if exact else torch.allclose(found, want, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", SERVED, ids="-".join)
+def test_launch_of_every_combination(device, kind):
+    for rows in (3, 20):
+        arguments = powers(rows, 17, 19)
+        close(launched(device, arguments, kind), KERNEL.reference(*arguments, **named(kind)), kind)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (1, 130, 33), (2, 5, 300), (5, 257, 128), (9, 300, 40)], ids=str)
+@pytest.mark.parametrize("kind", SOME, ids="-".join)
+def test_launch_of_odd_sizes(device, kind, sizes):
+    arguments = powers(*sizes)
+    close(launched(device, arguments, kind), KERNEL.reference(*arguments, **named(kind)), kind)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", SOME, ids="-".join)
+def test_launch_of_more_tiles_than_a_group_has(device, kind):
+    arguments = powers(600, 70, 20)
+    close(launched(device, arguments, kind), KERNEL.reference(*arguments, **named(kind)), kind)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", [(9,), (0, 9), (2, 3, 9)], ids=str)
+def test_launch_of_any_dims(device, shape):
+    arguments = powers()
+    arguments[0] = codes(*shape)
+    close(launched(device, arguments, SOME[1]), KERNEL.reference(*arguments, **named(SOME[1])), SOME[1])
+
+
+@pytest.mark.gpu
+def test_launch_of_any_strides(device):
+    a, measures, totals, *others = powers(6, 50)
+    want = KERNEL.reference(a, measures, totals, *others, **named(SOME[1]))
+    strided = [a.T.contiguous().T, measures.T.contiguous().T, torch.stack([totals] * 2, 1)[:, 0]]
+    close(launched(device, [*strided, *others], SOME[1]), want, SOME[1])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", SOME, ids="-".join)
+@pytest.mark.parametrize("level", [0, 1, 127, 128, LEVELS])
+def test_launch_where_all_codes_are_one(device, kind, level):
+    arguments = powers(3, 20, 130)
+    for value in arguments[:2]:
+        value.fill_(level)
+    arguments[2].fill_(level * 130)
+    close(launched(device, arguments, kind), KERNEL.reference(*arguments, **named(kind)), kind)
+
+
+@pytest.mark.gpu
+def test_launch_of_the_largest_sums(device):
+    """As many as 32 bits hold; what is made good on the way there wraps around."""
+    kind, depth = ("contrast", "product", "ignorematch", "inclusive"), 33025
+    a, measures = torch.full((1, depth), LEVELS).to(torch.uint8), torch.full((depth, 1), LEVELS).to(torch.uint8)
+    totals = torch.tensor([LEVELS * depth], dtype=torch.int32)
+    found = launched(device, [a, measures, totals, *map(torch.tensor, (1.0, 1.0, 1.0, 1.0))], kind)
+    assert found.item() == torch.tensor(LEVELS**2 * depth, dtype=torch.float64).float().item()
+
+
+@pytest.mark.gpu
+def test_launch_of_the_largest_minima(device):
+    kind = ("contrast", "min", "subtractmatch", "inclusive")
+    a, measures = (torch.full(shape, LEVELS).to(torch.uint8) for shape in ((1, MAX_MINIMA), (MAX_MINIMA, 1)))
+    measures[-1] -= 1
+    totals = measures.sum(0, dtype=torch.int32)
+    found = launched(device, [a, measures, totals, *map(torch.tensor, (1.0, 1.0, 1.0, 1.0))], kind)
+    assert found.item() == LEVELS * MAX_MINIMA - 2
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_launch_rounds_once(device, dtype):
+    arguments = draw(5, 17, 35)
+    found = launched(device, arguments, SOME[1], dtype=dtype)
+    want = KERNEL.reference(*(value.double() if value.is_floating_point() else value for value in arguments),
+                            **named(SOME[1]))  # fmt: skip
+    # The interpreter cuts bfloat16 off, which is up to 1 unit.
+    assert found.dtype == dtype
+    assert float((found.double() - want).abs().max() / want.abs().max()) <= torch.finfo(dtype).eps
+
+
+@pytest.mark.gpu
+def test_launch_takes_totals_as_given(device):
+    arguments = powers(3, 50)
+    more = [*arguments[:2], arguments[2] + 100, *arguments[3:]]
+    kind = ("contrast", "min", "ignorematch", "inclusive")
+    moved = launched(device, more, kind) - launched(device, arguments, kind)
+    assert torch.equal(moved, torch.full_like(moved, -0.25 * 50))
+
+
+@pytest.mark.gpu
+def test_the_reference_on_a_gpu(device):
+    arguments = draw(dtype=torch.float64)
+    on = [value.to(device) for value in arguments]
+    for kind in SOME:
+        assert torch.allclose(KERNEL.op(*on, **named(kind)).cpu(), KERNEL.reference(*arguments, **named(kind)))
+
+
+def test_what_the_launcher_leaves_to_the_reference():
+    arguments = draw()
+    assert KERNEL.supports(*arguments, **named(SOME[1]))
+    assert not KERNEL.supports(*arguments, **named(SOME[1]), dtype=torch.float64)
+    assert not KERNEL.supports(*draw(dtype=torch.float64), **named(SOME[1]))
+    assert not KERNEL.supports(arguments[0].to("meta"), *arguments[1:], **named(SOME[1]))
+    many = torch.empty(1, MAX_MINIMA + 1, dtype=torch.uint8)
+    assert not KERNEL.supports(many, *arguments[1:], **named(SOME[1]))
+    assert KERNEL.supports(many, *arguments[1:], **named(SOME[0]))
+    assert LEVELS * MAX_MINIMA <= 2**24 < LEVELS * (MAX_MINIMA + 1)
+
+
+@pytest.mark.slow
+@triton
+def test_in_the_interpreter(interpreter):
+    assert interpreter(__file__) > 70
+
+
+# ---- compiling
+
+TYPES = {
+    **dict.fromkeys(("a_ptr", "b_ptr"), "*u8"), "total_ptr": "*i32", "minimum_ptr": "*fp32",
+    **dict.fromkeys(("step_ptr", "theta_ptr", "alpha_ptr", "beta_ptr", "s_ptr"), "*fp32"),
+}  # fmt: skip
+BUILDS = {"three": ("ratio", "product", "ignorematch", "aggregate"), "minimum": SOME[3][:1] + SOME[1][1:]}
+
+
+def split(config):
+    """Constants, options."""
+    return ({name: value for name, value in config.items() if name.startswith("num_") is wanted}
+            for wanted in (False, True))  # fmt: skip
+
+
+@triton
+def test_sizes_of_one(cost):
+    """Triton makes constants of integers that are 1."""
+    from fxfreeze.kernels import _tversky_integer_triton as file
+
+    sizes, options = split(file.CONFIGS[3])
+    constants = {**file.flags(_tversky.combination(*SOME[0])), **sizes, **dict.fromkeys("NPK", 1), "EVEN": False}
+    assert cost(file.tiled_kernel, TYPES, constants, **options).spills == 0
+    types = {"a_ptr": "*u8", "b_ptr": "*u8", "c_ptr": "*fp32"}
+    constants = {**dict.fromkeys("NPK", 1), "BN": 1, "BP": 128, "BK": 16}
+    assert cost(file.minima_kernel, types, constants).spills == 0
+
+
+@pytest.mark.slow
+@triton
+@pytest.mark.parametrize("number", range(5))
+@pytest.mark.parametrize("build", BUILDS)
+def test_tiled_within_budget(within_budget, build, number):
+    from fxfreeze.kernels import _tversky_integer_triton as file
+
+    sizes, options = split(file.CONFIGS[number])
+    constants = {**file.flags(_tversky.combination(*BUILDS[build])), **sizes, "EVEN": True}
+    name = f"tversky_integer {build} {'x'.join(str(sizes[key]) for key in ('BN', 'BP', 'BK'))}"
+    within_budget(name, file.tiled_kernel, {**TYPES, **dict.fromkeys("NPK", "i32")}, constants, **options)
+
+
+@pytest.mark.slow
+@triton
+@pytest.mark.parametrize("rows", [1, 8, 64])
+def test_minima_within_budget(within_budget, rows):
+    from fxfreeze.kernels import _tversky_integer_triton as file
+
+    types = {"a_ptr": "*u8", "b_ptr": "*u8", "c_ptr": "*fp32", **dict.fromkeys("NPK", "i32")}
+    for config in file.MINIMA_CONFIGS if rows == 64 else file.ROWS_CONFIGS[rows]:
+        sizes, options = split({"BN": rows, **config})
+        name = f"tversky_integer minima {'x'.join(map(str, sizes.values()))}"
+        within_budget(name, file.minima_kernel, types, sizes, **options)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,21 +11,27 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 import fxfreeze as fz
 from fxfreeze import demo
 from fxfreeze.api import Compilation, rewrite
+from fxfreeze.capture import capture
 from fxfreeze.errors import EmitError, PlanError
 from fxfreeze.integers import executed
-from fxfreeze.kernels._tversky import project
+from fxfreeze.kernels._tversky import combination, project
 from fxfreeze.kernels.quantize import KERNEL as QUANTIZE
 from fxfreeze.kernels.tversky import KERNEL as WHOLE
 from fxfreeze.kernels.tversky_frozen import KERNEL as FROZEN
 from fxfreeze.kernels.tversky_integer import KERNEL as INTEGER
 from fxfreeze.nn import TverskyProjection
+from fxfreeze.passes import PIPELINE
 from fxfreeze.passes.quantize import tversky as module
+from fxfreeze.passes.quantize._sites import Head
 from fxfreeze.passes.quantize.tversky import codes
+from fxfreeze.pipeline import run_passes
+from fxfreeze.rewrite import Context
 
 SIZE, BANK, CLASSES = 12, 24, 6
 MINIMA = {"intersection": "min", "difference": "subtractmatch", "semantics": "per_feature"}
@@ -191,6 +198,41 @@ def test_a_head_that_runs_twice() -> None:
 
 
 # ---- what is refused, and what is left alone
+
+
+@pytest.mark.parametrize(
+    ("targets", "device", "dtype", "features", "reason"),
+    [
+        (("torch",), "cuda", torch.float32, 24, None),
+        (("torch",), "cuda", torch.float64, 24, "the kernel for GPUs takes no float64"),
+        (("torch",), "cuda", torch.float32, 65794, "the kernel for GPUs sums minima of up to 65793 features"),
+        (("torch", "aoti"), "cuda", torch.float32, 24, "on cuda, .* a kernel for the torch target alone"),
+        ((), "cuda", torch.float32, 24, "on cuda, .* a kernel for the torch target alone"),
+        (("torch",), "meta", torch.float32, 24, "on meta, .* a kernel for the torch target alone"),
+    ],
+)
+def test_on_a_gpu_a_head_is_for_the_torch_target(
+    targets: Any, device: str, dtype: torch.dtype, features: int, reason: str | None
+) -> None:
+    with FakeTensorMode():
+        measures = torch.empty(features, CLASSES, dtype=dtype, device=device)
+    found = module._gpu_problem(combination("contrast", *MINIMA.values()), measures, targets)
+    assert found is None if reason is None else re.fullmatch(reason, str(found))
+
+
+@pytest.mark.parametrize(("targets", "runs"), [(["torch"], True), (["torch", "onnx"], False)])
+def test_the_pass_asks_where_the_head_lies(targets: Any, runs: bool) -> None:
+    given = plan(fz.Quantize("head"), targets=targets)
+    program, ctx = capture(Net(**MINIMA).eval(), given)[0], Context(given)
+    ahead = [item for item in PIPELINE if item.stage in ("clean", "freeze", "fold")]
+    run_passes(program, ahead, ctx)
+    (node,) = program.graph.find_nodes(op="call_function", target=FROZEN.op)
+    measures = node.args[1]
+    with program.fake_mode:
+        measures.meta["val"] = torch.empty(measures.meta["val"].shape, device="cuda")
+    assert module._problem(program, Head("head", given.steps[0], node), given.targets) == (
+        None if runs else "on cuda, integer similarities have a kernel for the torch target alone"
+    )
 
 
 @pytest.mark.parametrize(
