@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .harness import models
+from . import models
 
 WIDTH, HEADS, WORDS = 64, 2, 96
 

@@ -45,6 +45,7 @@ FASTER: Mapping[str, Callable[[Any], Any]] = {
     "block-sparse": _one_faster,
     "semi-structured": _one_faster,
     "fuse-gated-linear": lambda layer: (1.0, 2.0),
+    "fuse-quantized-gate": lambda layer: (1.0, 2.0),
     "merge-parallel": _one_faster,
     "select-form": _gather_faster,  # the form that takes any number of adapters
 }

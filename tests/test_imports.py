@@ -106,7 +106,8 @@ TABLE: dict[str, str] = {
     "kernels": "",
     "kernel": "kernel-helper",
     "kernel-helper": "",
-    "benchmarks": "artifact capture coupling door emit factory kernel lower nn pass passes plan proof sampling serialize",
+    "benchmarks": "artifact capture coupling door emit factory kernel lower nn pass passes plan proof sampling "
+    "serialize",
 }
 
 GROUPS = {"kernels": {"kernels", "kernel", "kernel-helper"}}
