@@ -538,7 +538,8 @@ def _executed(program: Program, plan: Plan, facts: dict[str, Any]) -> list[dict[
     for target, told in facts.items():
         silent = [[site.path, site.step, None] for site in integer_layers(program).values()]
         for path, name, kernel in told.pop("integer", silent):
-            executes = f"integer-executed by {kernel} in {target}" if kernel else f"simulated in {target}"
+            numbers = "float8" if steps[name].scheme == "fp8" else "integer"
+            executes = f"{numbers}-executed by {kernel} in {target}" if kernel else f"simulated in {target}"
             detail = "its weight is read as integers, sums are in floats" if kernel in READERS else ""
             rows.append({
                 "site": path, "step": name, "requested": steps[name].scheme, "outcome": "measured", "pass_name": "",

@@ -5,28 +5,36 @@ sides and the sums of the weight's rows as a constant; those with weights alone 
 :mod:`fxfreeze.packed`. For convolutions, and products of two computed values, there is no kernel: they compute the
 values of integers in floats. What is left of quantize and dequantize is plain operators, which Inductor fuses.
 
-AOTInductor's graph holds references, as for every operator of ours on a GPU, and so no layer in integers.
+AOTInductor's graph holds references, as for every operator of ours on a GPU, and so no layer in integers. Layers of
+float8 it has: they are ``torch._scaled_mm``, on GPUs that multiply float8, and no kernel of ours.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import partial
-from typing import Any
 
 import torch
 from torch.fx import Node
 
 from .inline import inline
+from .kernels import float8_linear
 from .kernels._op import has_triton
 from .kernels.dequantize import KERNEL as DEQUANTIZE
+from .kernels.float8_linear import KERNEL as FLOAT8
 from .kernels.integer_linear import KERNEL as LINEAR
 from .kernels.integer_linear import MAX_INPUTS
 from .kernels.quantize import KERNEL as QUANTIZE
+from .kernels.quantize_float8 import KERNEL as QUANTIZE_FLOAT8
 from .packed import PRODUCTS, Weight, constant_weight, operands, with_packed
 from .packed import executed as read
 from .program import Program, on_cpu
+
+SCALED = "torch._scaled_mm"
+"""What runs a layer of float8."""
+CALL = re.compile(r"AOTI_TORCH_ERROR_CODE_CHECK\(aoti_torch_cuda__scaled_mm\w*\(")
+"""Of it, in AOTInductor's code."""
 
 
 @dataclass(frozen=True)
@@ -43,34 +51,72 @@ class Product:
 
 def has_launched(program: Program) -> bool:
     """Whether :func:`with_launched` may change `program`; shapes need not be known."""
-    kinds = (QUANTIZE.op, DEQUANTIZE.op)
+    kinds = (QUANTIZE.op, DEQUANTIZE.op, FLOAT8.op)
     return not on_cpu(program.inputs) and any(node.target in kinds for node in program.graph.nodes)
 
 
 def with_launched(program: Program) -> Program:
     """A copy in which layers with a Triton kernel are calls of it."""
-    program = with_packed(program)
+    program = with_scaled(with_packed(program))
     shelf = _Shelf(program)
     for product in list(_products(program)):
         _rewrite(shelf, product)
     program.sweep()
-    for kernel in (QUANTIZE, DEQUANTIZE):
+    for kernel in (QUANTIZE, DEQUANTIZE, QUANTIZE_FLOAT8):
         for node in program.graph.find_nodes(op="call_function", target=kernel.op):
-            tensors, others = node.args[:3], node.args[3:]
-            program.replace(node, inline(program, partial(_plain, kernel.reference, others), *tensors,  # type: ignore[arg-type]
-                                         before=node, like=node))  # fmt: skip
+            _inline(program, node, kernel.reference)
     program.sweep()
     return program
 
 
-def _plain(reference: Any, others: tuple[Any, ...], *tensors: torch.Tensor) -> torch.Tensor:
-    found: torch.Tensor = reference(*tensors, *others)
-    return found
+def has_scaled(program: Program) -> bool:
+    """Whether there are layers of float8 on a GPU; shapes need not be known."""
+    return not on_cpu(program.inputs) and any(node.target is FLOAT8.op for node in program.graph.nodes)
+
+
+def with_scaled(program: Program) -> Program:
+    """A copy in which layers of float8 are ``torch._scaled_mm``, where the GPU and their sizes allow it."""
+    program = program.clone()
+    for node in list(_scaled(program)):
+        _inline(program, node, float8_linear.launch)
+    program.sweep()
+    return program
+
+
+def scaled(program: Program, calls: int | None = None) -> dict[Node, str]:
+    """The layers that run in float8, and what runs them.
+
+    Args:
+        calls: of it, in the code that was generated; with fewer than there are layers, none counts. None: the graph
+            calls it.
+    """
+    layers = list(_scaled(program))
+    return dict.fromkeys(layers, SCALED) if calls is None or calls >= len(layers) else {}
 
 
 def executed(program: Program) -> dict[Node, str]:
-    """The layers that kernels run from integers, and which."""
-    return read(program) | {product.node: LINEAR.name for product in _products(program)}
+    """The layers that kernels run from integers or float8, and which."""
+    return read(program) | {product.node: LINEAR.name for product in _products(program)} | scaled(program)
+
+
+def _scaled(program: Program) -> Iterator[Node]:
+    if on_cpu(program.inputs):
+        return
+    for node in program.graph.find_nodes(op="call_function", target=FLOAT8.op):
+        weight, dtype = node.args[2].meta["val"], node.kwargs["dtype"]
+        if float8_linear.fits(weight, dtype) and float8_linear.has_kernel(program.inputs[0].device):
+            yield node
+
+
+def _inline(program: Program, node: Node, function: Callable[..., torch.Tensor]) -> None:
+    """Write `function` of the call's arguments in its place."""
+    tensors = [value for value in node.args if isinstance(value, Node)]
+    others = [value for value in node.args if not isinstance(value, Node)]
+
+    def body(*values: torch.Tensor) -> torch.Tensor:
+        return function(*values, *others, **node.kwargs)
+
+    program.replace(node, inline(program, body, *tensors, before=node, like=node))
 
 
 def head_calls(program: Program) -> int | None:

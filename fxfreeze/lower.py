@@ -22,6 +22,7 @@ from torch.fx import GraphModule, Node
 from .errors import EmitError
 from .exporting import dynamic_shapes, quiet, summary
 from .integers import OPERATORS, has_integers, with_integers
+from .launched import has_scaled, with_scaled
 from .packed import has_packed, with_packed
 from .program import Program, is_effectful
 from .sampling import sample_inputs, tracing_sizes
@@ -54,6 +55,7 @@ class Lowering:
         quantize, and weights that are read as integers; for AOTInductor."""
         table, quantized = natives(), has_integers(self.program)
         program = with_packed(self.program, launches=False) if has_packed(self.program) else self.program
+        program = with_scaled(program) if has_scaled(program) else program
         if not quantized and program is self.program and not any(node.target in table for node in program.graph.nodes):
             return self.exported
         program = with_integers(program) if quantized else program

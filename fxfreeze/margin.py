@@ -13,9 +13,10 @@ measured at the comparison.
 A top-k jumps, too: as comparisons of every value that it picks, and of the first that it does not, with the next
 smaller one. Shifting all values alike would turn none of them, so neighbours are shifted against each other.
 
-So does fxfreeze::quantize, halfway between two integers. One integer that turns moves what the next layers quantize by
-a good part of a step, and so turns more of them: rounding is therefore measured with the integers of the first run in
-the place of those of the second. Other jumps (==, sign, round elsewhere, argmax, sort) are not looked at.
+So does fxfreeze::quantize, halfway between two integers, and fxfreeze::quantize_float8 between two of its numbers. One
+integer that turns moves what the next layers quantize by a good part of a step, and so turns more of them: rounding is
+therefore measured with the integers of the first run in the place of those of the second. Other jumps (==, sign, round
+elsewhere, argmax, sort) are not looked at.
 """
 
 from __future__ import annotations
@@ -33,6 +34,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from .constants import lift
 from .kernels._quantized import spread
 from .kernels.quantize import KERNEL as QUANTIZE
+from .kernels.quantize_float8 import KERNEL as QUANTIZE_FLOAT8
+from .kernels.quantize_float8 import to_jump
 from .lower import references
 from .program import Program
 from .proof import MASK, checked_run, relative_error
@@ -172,8 +175,8 @@ class _Comparisons(TorchDispatchMode):
     Of a top-k, `neighbours` is given `change`, what it picks from along the last dim, the best first order of that, and
     how many it picks; it returns what to pick from instead. What is picked keeps its own value.
 
-    Of a quantize, `change` is given x / scale, 0, and its distance to the nearest k + 1/2; `integers` is given the
-    result, and returns another one.
+    Of a quantize, `change` is given x / scale, 0, and its distance to where that jumps, k + 1/2 for integers;
+    `integers` is given the result, and returns another one.
 
     Other operators of ours run as their reference, so that the comparisons inside are seen as well.
     """
@@ -190,6 +193,8 @@ class _Comparisons(TorchDispatchMode):
         kwargs = kwargs or {}
         if func is QUANTIZE.op:
             return self._quantize(*args, **kwargs)
+        if func is QUANTIZE_FLOAT8.op:
+            return self._quantize_float8(*args, **kwargs)
         if (reference := self._references.get(func)) is not None:
             with self:
                 return reference(*args, **kwargs)
@@ -207,6 +212,11 @@ class _Comparisons(TorchDispatchMode):
         steps = x / spread(scale, x, axis, block)
         moved = self._change(steps, 0.0, steps - (steps.floor() + 0.5))
         return self._integers(QUANTIZE.reference(moved, torch.ones_like(scale), zero_point, axis, block, low, high))
+
+    def _quantize_float8(self, x: Tensor, scale: Tensor) -> Tensor:
+        steps = x.to(scale.dtype) / scale
+        moved = self._change(steps, 0.0, to_jump(steps))
+        return self._integers(QUANTIZE_FLOAT8.reference(moved, torch.ones_like(scale)))
 
     def _pick(self, values: Tensor, k: int, dim: int = -1, largest: bool = True, sorted: bool = True) -> Any:
         moved = values.movedim(dim, -1)

@@ -1147,10 +1147,10 @@ _PRUNES_BY: dict[str, tuple[str, ...]] = {
 
 
 class Quantize(_Excluding):
-    """Weights, and with some schemes what they multiply, as small integers.
+    """Weights, and with some schemes what they multiply, as small integers or as 8-bit floats.
 
     It is done after everything else that changes weights, and is lossy: what it costs is measured on `calibration`. A
-    layer counts as quantized only where its target runs it in integers; elsewhere the compiler refuses, unless
+    layer counts as quantized only where its target runs it so; elsewhere the compiler refuses, unless
     `allow_simulated`. With scheme='int8' and mode='static', a Tversky head that `at` names is summed up in integers.
     """
 
@@ -1163,11 +1163,12 @@ class Quantize(_Excluding):
     scheme: Literal["int8", "int8-weight", "int4-weight", "fp8"] = Field(
         default="int8",
         description="'int8': weights and inputs of layers as 8-bit integers. 'int8-weight', 'int4-weight': weights "
-        "only. 'fp8': 8-bit floats, on GPUs.",
+        "only. 'fp8': weights and inputs of linear layers as 8-bit floats (e4m3), on NVIDIA's GPUs from Ada on.",
     )
     mode: Literal["static", "dynamic"] = Field(
         default="static",
-        description="Scales of inputs are measured on the calibration data, or computed from every input; for 'int8'.",
+        description="Scales of inputs are measured on the calibration data, or computed from every input, for 'fp8' "
+        "from every row of it; for 'int8' and 'fp8'.",
     )
     granularity: Annotated[str, BeforeValidator(_granularity)] = Field(
         default="channel",
@@ -1253,16 +1254,18 @@ class Quantize(_Excluding):
         return int(self.granularity.partition(":")[2] or 0)
 
     def _problems(self) -> Iterator[Problem]:
-        if self.scheme == "fp8":
-            yield "scheme", "'fp8' has no kernel on a CPU, and none for GPUs yet; use 'int8'"
-        if self.scheme != "int8" and self.mode == "dynamic":
-            yield "mode", f"has a meaning for scheme='int8' only: {self.scheme!r} leaves inputs as they are"
+        if self.scheme.endswith("-weight") and self.mode == "dynamic":
+            yield "mode", f"has a meaning for schemes 'int8' and 'fp8' only: {self.scheme!r} leaves inputs as they are"
+        if self.scheme == "fp8" and self.granularity != "channel":
+            yield "granularity", f"'fp8' has one scale per output feature, 'channel', not {self.granularity!r}"
         if self.scheme == "int8" and self.block:
             yield "granularity", "groups are for weights alone: an integer product has one scale per output feature"
         if self.scheme == "int4-weight" and not self.block:
             yield "granularity", f"{self.granularity!r} is too coarse for 4 bits; use 'group:32'"
-        if self.calibrate != "minmax" and (self.scheme != "int8" or self.mode == "dynamic"):
-            yield "calibrate", "has a meaning with scheme='int8' and mode='static' only"
+        if self.calibrate != "minmax" and (self.scheme.endswith("-weight") or self.mode == "dynamic"):
+            yield "calibrate", "has a meaning with scheme='int8' or 'fp8' and mode='static' only"
+        if self.scheme == "fp8" and self.calibrate in ("mse", "entropy"):
+            yield "calibrate", f"{self.calibrate!r} is for 256 even steps; use 'minmax' or 'percentile' with 'fp8'"
         for key in ("correct_bias", "equalize", "products"):
             changed = getattr(self, key) != type(self).model_fields[key].default
             if changed and (self.scheme != "int8" or (self.mode == "dynamic" and key != "equalize")):

@@ -1,8 +1,13 @@
-"""What quantize and dequantize share: how scales and zero points lie along a tensor, and which of them are refused."""
+"""What quantize and dequantize share: the numbers of float8; how scales lie along a tensor, and which are refused."""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
+
+FLOAT8 = torch.float8_e4m3fn
+FLOAT8_LIMIT = 448.0
+"""The largest number of it."""
 
 
 def spread(values: Tensor, like: Tensor, axis: int, block: int) -> Tensor:

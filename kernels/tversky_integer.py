@@ -288,8 +288,9 @@ def launch(
     kind = combination(**how)
     _check(a, measures, totals, step, *weights, how=kind, dtype=dtype)
     flat = a.reshape(math.prod(a.shape[:-1]), a.shape[-1]).contiguous()
-    numbers = (weight.float() for weight in weights)
-    score = tiled(flat, measures.contiguous(), totals.contiguous(), step, *numbers, kind, dtype=dtype or step.dtype)
+    theta, alpha, beta = (weight.float() for weight in weights)
+    constants = measures.contiguous(), totals.contiguous(), step, theta, alpha, beta
+    score = tiled(flat, *constants, kind, dtype=dtype or step.dtype)
     return score.reshape(*a.shape[:-1], measures.shape[1])
 
 

@@ -50,6 +50,7 @@ from .prune.factorize import FactorizeLayers
 from .prune.unread_rows import UnreadRows
 from .quantize.dynamic import QuantizeDynamic
 from .quantize.equalize import Equalize
+from .quantize.float8 import QuantizeFloat8
 from .quantize.products import QuantizeProducts
 from .quantize.static import QuantizeStatic
 from .quantize.tversky import QuantizeTversky
@@ -94,12 +95,13 @@ PIPELINE: tuple[Pass, ...] = (
     Compact(),
     FactorizeLayers(),
     UnreadRows(),
-    # quantize: integers for what is left, once its channels are alike
+    # quantize: integers, or float8, for what is left, once its channels are alike
     Equalize(),
     QuantizeStatic(),
     QuantizeProducts(),
     QuantizeTversky(),
     QuantizeDynamic(),
+    QuantizeFloat8(),
     QuantizeWeights(),
     # fuse: one call where a compiler sees several; what skips neurons looks for their gate, and so comes first; what is
     # in a stack is found by nobody

@@ -72,7 +72,7 @@ TABLE: dict[str, str] = {
     "integers": "exporting kernels program",
     "packed": "inline kernels program",
     "launched": "inline kernels packed program",
-    "lower": "exporting integers kernels packed program sampling",
+    "lower": "exporting integers kernels launched packed program sampling",
     "emit": "binding exporting integers kernels launched lower packed program sampling serialize",
     "margin": "constants kernels lower program proof",
     "banks": "plan program serialize",

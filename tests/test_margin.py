@@ -386,3 +386,21 @@ def test_one_integer_off_is_more_than_rounding():
     (right,) = lifted_run(program, [x])
     wrong = right + torch.tensor([[0.1, 0.0, 0.0, 0.0, 0.0]], dtype=torch.float64)
     assert float(slack.excess(wrong - right).max()) > 0.09
+
+
+class Float8(nn.Module):
+    """x, computed, as float8 has it."""
+
+    def forward(self, x):
+        from fxfreeze.kernels.quantize_float8 import KERNEL
+
+        return KERNEL.op(x.mul(3).div(3), torch.full((), 0.5, dtype=torch.float32)).to(x.dtype)
+
+
+def test_halfway_between_two_numbers_of_float8_it_may_be_either():
+    x = torch.tensor([[0.6, 0.53125, 0.56, -31.0, 0.3]])  # in steps of a half 1.0625 and -62 lie halfway
+    program, _ = capture(Float8().eval(), Plan(inputs=[Input("x", shape=tuple(x.shape))]))
+    moves = slacks(program, [x])[0]
+    assert ((moves.high - moves.low) > 0.01).tolist() == [[False, True, False, True, False]]
+    away = torch.tensor([[0.6, 0.54, 0.56, -32.0, 0.3]])
+    assert slacks(program, [away])[0] is None

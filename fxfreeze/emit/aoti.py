@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import packed
+from .. import launched, packed
 from ..errors import ArtifactError
 from ..exporting import quiet
 from ..integers import CALL, HEAD_CALL, count_calls, executed
@@ -55,8 +55,9 @@ def emit(lowering: Lowering, folder: Path) -> dict[str, Any]:
     facts: dict[str, Any] = {"freezing": configs["freezing"]}  # the compiler adds settings of its own to configs
     if not integer_layers(lowering.program):
         return facts
-    calls, heads, products = count_calls(path, CALL, HEAD_CALL, packed.CALL)
-    return facts | executed(lowering.program, calls, packed.executed(lowering.program, products), heads)
+    calls, heads, products, floats = count_calls(path, CALL, HEAD_CALL, packed.CALL, launched.CALL)
+    read = packed.executed(lowering.program, products) | launched.scaled(lowering.program, floats)
+    return facts | executed(lowering.program, calls, read, heads)
 
 
 def load(folder: Path, interface: Interface) -> Runner:

@@ -24,6 +24,7 @@ from torch import Tensor
 from ..errors import ArtifactError, EmitError, MissingDependencyError
 from ..exporting import quiet
 from ..integers import is_head
+from ..kernels.float8_linear import KERNEL as FLOAT8
 from ..lower import Lowering, emit_error
 from ..program import Program, TensorSpec, integer_layers
 from ..sampling import sample_inputs, tracing_sizes
@@ -74,7 +75,7 @@ def _kernels(program: Program, folder: Path, layers: Sequence[str], sums: Sequen
     sites = integer_layers(program)
     if not sites:
         return {}
-    counted = [node for node in sites if not is_head(node)]
+    counted = [node for node in sites if not is_head(node) and node.target is not FLOAT8.op]
     if len(counted) > len(layers):  # the products are missing
         counted = [node for node in counted if not sites[node].product]
     count = len(counted)
