@@ -24,6 +24,7 @@ from torch.fx import Node
 
 from .errors import MissingDependencyError
 from .exporting import quiet
+from .inductor import prepare
 from .kernels.dequantize import KERNEL as DEQUANTIZE
 from .kernels.quantize import KERNEL as QUANTIZE
 from .kernels.tversky_integer import KERNEL as HEAD
@@ -52,6 +53,7 @@ def with_integers(program: Program) -> Program:
     if any(node.target is DEQUANTIZE.op for node in program.graph.nodes):
         _register_patterns()
     program = program.clone()
+    prepare(program)
     for node in list(program.graph.nodes):
         if node.target is QUANTIZE.op and node.args[0].meta["val"].dim() > 2 and _multiplied(node):
             # Of other strides torch makes a bmm, and the pattern for that one fails for symbolic sizes.

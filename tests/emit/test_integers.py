@@ -13,6 +13,7 @@ from fxfreeze.integers import executed, has_integers, with_integers
 from fxfreeze.kernels._op import OPS
 from fxfreeze.lower import Lowering
 from fxfreeze.program import INTEGERS, IntegerSite, Program
+from fxfreeze.serialize import load_program
 
 
 class Layer(nn.Module):
@@ -162,3 +163,45 @@ def test_scales_of_the_call_go_with_integer_kernels(target: str) -> None:
         x = size * torch.randn(7, 5, 64, generator=torch.Generator().manual_seed(1))
         want = model(x).detach()
         assert float((artifact(x) - want).norm() / want.norm()) < 0.03
+
+
+class Sums(nn.Module):
+    """Convolutions in one dim, padded, strided, dilated, with a residual sum; and sums of activations of layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b = nn.Conv1d(4, 4, 3, padding=1), nn.Conv1d(4, 4, 3, padding="same", dilation=2)
+        self.c = nn.Conv1d(4, 8, 5, stride=2, groups=2, padding=2)
+        self.d, self.e, self.f = (nn.Linear(8, 8) for _ in "def")
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x).relu()
+        x = self.c((self.b(x) + x).relu()).transpose(1, 2)
+        x = self.d(x).relu() + self.e(x).tanh()
+        return F.gelu(self.f(x)) + x
+
+
+def test_forms_that_inductor_mistakes_become_others_of_the_same_value() -> None:
+    pytest.importorskip("torchao", reason="needs fxfreeze[int8]")
+    data = torch.randn(32, 4, 10, generator=torch.Generator().manual_seed(1))
+    plan = fz.Plan([fz.Input("x", ("batch", 4, 10))], [fz.Quantize()], [])
+    artifact = fz.compile(Sums().eval(), plan, calibration=[data])
+    program = load_program(artifact.folder / "program")
+    changed = with_integers(program)
+    targets = [str(node.target) for node in changed.graph.nodes]
+    assert targets.count("aten.conv2d.default") == 2 and targets.count("aten.conv2d.padding") == 1
+    assert not any("conv1d" in target for target in targets)
+    assert targets.count("aten.sub.Tensor") == 2 and targets.count("aten.add.Tensor") == 1
+    x = torch.randn(3, 4, 10, generator=torch.Generator().manual_seed(2))
+    torch.testing.assert_close(changed.run(x)[0], program.run(x)[0], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_convolutions_in_one_dim_and_sums_of_activations_run_on_integers() -> None:
+    pytest.importorskip("torchao", reason="needs fxfreeze[int8]")
+    data = torch.randn(32, 4, 10, generator=torch.Generator().manual_seed(1))
+    plan = fz.Plan([fz.Input("x", ("batch", 4, 10))], [fz.Quantize()], ["torch"])
+    artifact = fz.compile(Sums().eval(), plan, calibration=[data])
+    ran = {row["site"]: row["executes"] for row in artifact.manifest["ledger"] if row["executes"].endswith("in torch")}
+    assert ran == dict.fromkeys("abcdef", "integer-executed by oneDNN in torch")

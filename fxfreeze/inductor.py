@@ -1,0 +1,77 @@
+"""Forms of quantized layers that Inductor's patterns for integer kernels take as they are meant.
+
+Seen with torch 2.14 and torchao 0.18. Of a convolution in one dim torch computes a wrong size once it is an integer
+kernel: the padding counts for a dim that is not there. So it becomes one in two dims, of height 1. And of a sum that
+reads the activation behind a linear layer, the pattern for sums takes the activation for the layer, and fails: there a
+sum is a − (−b), the same number.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from .dataflow import arguments
+from .kernels.dequantize import KERNEL as DEQUANTIZE
+from .kernels.quantize import KERNEL as QUANTIZE
+from .program import Program
+
+aten = torch.ops.aten
+_TWO_DIMS: dict[Any, Any] = {aten.conv1d.default: aten.conv2d.default, aten.conv1d.padding: aten.conv2d.padding}
+_SUMMED = frozenset({*_TWO_DIMS, *_TWO_DIMS.values(), aten.linear.default})
+_PART_OF_KERNEL = frozenset({aten.relu.default, aten.relu6.default, aten.hardtanh.default, QUANTIZE.op})
+_HEIGHT = 2
+
+
+def prepare(program: Program) -> None:
+    """Put layers that read integers into those forms; `program` is changed."""
+    for node in list(program.graph.nodes):
+        if node.target in _TWO_DIMS and _reads_integers(node):
+            _widen(program, node)
+        elif node.target is aten.add.Tensor and not node.kwargs:
+            _part_sum(program, node)
+    program.sweep()
+
+
+def _reads_integers(layer: Node) -> bool:
+    value, weight = layer.args[:2]
+    if not (isinstance(value, Node) and isinstance(weight, Node) and value.target is weight.target is DEQUANTIZE.op):
+        return False
+    return weight.args[0].op == "get_attr" and not weight.args[4]  # type: ignore[union-attr]
+
+
+def _widen(program: Program, node: Node) -> None:
+    """conv1d → conv2d, with the ReLU and the quantization behind it, which are part of its kernel."""
+    given = arguments(node)
+    value, weight = given["input"], given["weight"]
+    name = str(weight.args[0].target)
+    integers = program.state.tensor(name).unsqueeze(_HEIGHT).contiguous()
+    stored = program.add_constant(f"{name}.2d", integers, before=node, like=node)
+    flat = program.call(aten.unsqueeze.default, value.args[0], _HEIGHT, before=node, like=node)
+    operands = [program.call(DEQUANTIZE.op, first, *source.args[1:], before=node, like=node)
+                for first, source in ((flat, value), (stored, weight))]  # fmt: skip
+    given |= {"input": operands[0], "weight": operands[1]}
+    for key, own in (("stride", 1), ("padding", 0), ("dilation", 1)):
+        given[key] = given[key] if isinstance(given[key], str) else [own, *given[key]]
+    wide, last = program.call(_TWO_DIMS[node.target], *given.values(), before=node, like=node), node
+    while len(last.users) == 1 and (reader := next(iter(last.users))).target in _PART_OF_KERNEL:
+        wide, last = program.call(reader.target, wide, *reader.args[1:], before=reader, like=reader), reader  # type: ignore[arg-type]
+    program.replace(last, program.call(aten.squeeze.dim, wide, _HEIGHT, before=last, like=last))
+
+
+def _part_sum(program: Program, node: Node) -> None:
+    """Where an operand is made of the result of a layer alone, and is not that result."""
+    for operand, other in (node.args[:2], node.args[1::-1]):
+        if isinstance(operand, Node) and isinstance(other, Node) and _is_behind_layer(operand):
+            negative = program.call(aten.neg.default, operand, before=node, like=node)
+            program.replace(node, program.call(aten.sub.Tensor, other, negative, before=node, like=node))
+            return
+
+
+def _is_behind_layer(node: Node) -> bool:
+    operand: Any = node
+    while operand.target not in _SUMMED and len(operand.all_input_nodes) == 1:
+        (operand,) = operand.all_input_nodes
+    return operand is not node and operand.target in _SUMMED and _reads_integers(operand)
