@@ -536,7 +536,7 @@ def _executed(program: Program, plan: Plan, facts: dict[str, Any]) -> list[dict[
     steps = {step.name: step for step in plan.steps if isinstance(step, Quantize)}
     rows, refused = [], []
     for target, told in facts.items():
-        silent = [[site.path, site.step, None] for site in integer_layers(program).values()]
+        silent = [row for site in integer_layers(program).values() for row in site.ran(None)]
         for path, name, kernel in told.pop("integer", silent):
             numbers = "float8" if steps[name].scheme == "fp8" else "integer"
             executes = f"{numbers}-executed by {kernel} in {target}" if kernel else f"simulated in {target}"

@@ -84,7 +84,7 @@ def executed(
     ran = {**weights, **(dict.fromkeys(reading, "oneDNN") if calls == len(reading) else {})}
     if heads is None or heads == len(similarities):
         ran |= dict.fromkeys(similarities, HEAD.name)
-    return {"integer": [[site.path, site.step, ran.get(node)] for node, site in layers.items()]} if layers else {}
+    return {"integer": [row for node, site in layers.items() for row in site.ran(ran.get(node))]} if layers else {}
 
 
 def is_head(node: Node) -> bool:

@@ -95,11 +95,19 @@ class Origin:
 
 @dataclass(frozen=True)
 class IntegerSite:
-    """A quantized layer: its module path, and the plan step that asked for it; or a product of two computed values."""
+    """A quantized layer: its module path, and the plan step that asked for it; or a product of two computed values.
+
+    `twins` are layers with the same weight and input, which it computes, too.
+    """
 
     path: str
     step: str
     product: bool = False
+    twins: tuple[IntegerSite, ...] = ()
+
+    def ran(self, kernel: str | None) -> list[list[str | None]]:
+        """For it and its twins the module path, the step, and the kernel that runs them."""
+        return [[site.path, site.step, kernel] for site in (self, *self.twins)]
 
 
 @dataclass(frozen=True)

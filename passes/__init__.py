@@ -53,6 +53,7 @@ from .quantize.equalize import Equalize
 from .quantize.float8 import QuantizeFloat8
 from .quantize.products import QuantizeProducts
 from .quantize.static import QuantizeStatic
+from .quantize.tied import MergeTied
 from .quantize.tversky import QuantizeTversky
 from .quantize.weights import QuantizeWeights
 
@@ -103,6 +104,7 @@ PIPELINE: tuple[Pass, ...] = (
     QuantizeDynamic(),
     QuantizeFloat8(),
     QuantizeWeights(),
+    MergeTied(),
     # fuse: one call where a compiler sees several; what skips neurons looks for their gate, and so comes first; what is
     # in a stack is found by nobody
     SparseDown(),

@@ -80,14 +80,17 @@ def _kernels(program: Program, folder: Path, layers: Sequence[str], sums: Sequen
         counted = [node for node in counted if not sites[node].product]
     count = len(counted)
     if count != len(layers):
-        raise EmitError(f"{count} quantized layers became {len(layers)} in ONNX", where=FILE)
+        raise EmitError(
+            f"{count} quantized layers became {len(layers)} in ONNX, and it is not known which is which", where=FILE,
+            hint="the converter makes one of small convolutions with equal weights and inputs: exclude all but one",
+        )  # fmt: skip
     ran = onnx_quantized.kernels(folder / FILE, [*layers, *sums])
     of_layers, of_heads = iter(ran[:count]), ran[count:]
     known = sorted({kernel for kernel in of_heads if kernel is not None})
     head = " and ".join(known) if known and None not in of_heads else None
     ran_by = {node: next(of_layers) for node in counted}
-    return {"integer": [[site.path, site.step, head if is_head(node) else ran_by.get(node)]
-                        for node, site in sites.items()]}  # fmt: skip
+    ran_by |= dict.fromkeys(filter(is_head, sites), head)
+    return {"integer": [row for node, site in sites.items() for row in site.ran(ran_by.get(node))]}
 
 
 def load(folder: Path, interface: Interface) -> OnnxRunner:
