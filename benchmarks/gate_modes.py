@@ -84,7 +84,8 @@ def steps(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
 
 def draw(modes: int, batch: int, generator: torch.Generator) -> tuple[Tensor, ...]:
     """The modes of one call after another, int64 [batch] each; over all calls each mode comes about equally often."""
-    rounds = [torch.randperm(MANY, generator=generator) % modes for _ in range(-(-batch * 16 // MANY))]
+    most = max(modes, MANY)
+    rounds = [torch.randperm(most, generator=generator) % modes for _ in range(-(-batch * 16 // most))]
     ids = torch.cat(rounds)
     return ids[: len(ids) // batch * batch].split(batch)
 

@@ -10,7 +10,7 @@ import copy
 import functools
 import io
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -89,9 +89,9 @@ def compiled(build: Build, network: Network, variant: Variant, freezing: bool) -
 def aot_inductor(build: Build, network: Network, variant: Variant) -> Call:
     folder = tempfile.TemporaryDirectory()
     with torch.no_grad():
-        exported = torch.export.export(build(network, variant), network.example, dynamic_shapes=network.open_sizes())
+        program = torch.export.export(build(network, variant), network.example, dynamic_shapes=network.open_sizes())
         path = torch._inductor.aoti_compile_and_package(
-            exported, package_path=f"{folder.name}/model.pt2", inductor_configs={"freezing": True}
+            program, package_path=f"{folder.name}/model.pt2", inductor_configs={"freezing": True}
         )
     return keeping(torch._inductor.aoti_load_package(path), folder)
 
@@ -108,14 +108,27 @@ def keeping(call: Any, *held: Any) -> Call:
 
 def onnx_file(build: Build, network: Network, variant: Variant, folder: Path) -> Path:
     """As torch's own exporter writes it."""
+    names = list(network.shapes)
+    return exported(build(network, variant), network.example, names, folder, network.open_sizes())
+
+
+def exported(
+    module: nn.Module, inputs: Sequence[Tensor], names: Sequence[str], folder: Path, sizes: Any = None
+) -> Path:
     models.need("onnxscript")
     path = folder / "model.onnx"
     with contextlib.redirect_stdout(io.StringIO()):  # it tells what it does
         torch.onnx.export(
-            build(network, variant), network.example, str(path), dynamo=True, input_names=list(network.shapes),
-            dynamic_shapes=network.open_sizes(), external_data=True,
-        )  # fmt: skip
+            module, tuple(inputs), str(path), dynamo=True, input_names=names, dynamic_shapes=sizes, external_data=True
+        )
     return path
+
+
+def exported_session(module: nn.Module, inputs: Sequence[Tensor], names: Sequence[str]) -> Call:
+    """A module of other cases on ONNX Runtime."""
+    models.need("onnxruntime")
+    with tempfile.TemporaryDirectory() as folder:
+        return session(exported(module.eval(), inputs, names, Path(folder)))
 
 
 def session(path: Path) -> Call:
@@ -196,10 +209,10 @@ def torchao(build: Build, network: Network, variant: Variant) -> Call:
     )
     with torch.no_grad():
         try:
-            exported = exporting(strict=True)  # else its quantizer takes a ReLU that is called twice for one
+            program = exporting(strict=True)  # else its quantizer takes a ReLU that is called twice for one
         except Exception:
-            exported = exporting()
-        prepared = prepare_pt2e(exported.module(), quantizer)
+            program = exporting()
+        prepared = prepare_pt2e(program.module(), quantizer)
         for inputs in network.calibration():
             prepared(*inputs)
         fast: Call = torch.compile(convert_pt2e(prepared), options={"freezing": True})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -22,7 +23,8 @@ def of(network: Network, variant: Variant) -> Work:
     LoRAs are merged, the units that a ticket takes are gone, and what a Tversky head knows beforehand is a table.
     """
     left = shares(network) if variant.ticket else {}
-    model = plans.plain(network, variant, merged=True, exact=True)
+    plain = replace(variant, gates=False)  # which wrap modules, and cost next to nothing
+    model = plans.plain(network, plain, merged=True, exact=True)
     inputs = network.draw(torch.Generator().manual_seed(0))
     # As products, since the counter does not know the fused attention of CPUs.
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
