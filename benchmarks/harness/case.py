@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -56,8 +55,7 @@ class Peer:
     `prepare()` builds and returns the callable that is measured, to be called with the case's inputs. It
     raises `Unavailable` or ImportError where the peer cannot run. `observe` turns a result into the outputs
     to compare, untimed, for instance by calling a freshly compiled model. `reference` replaces the case's where
-    the peer is to compute another function. `limit` is the largest accepted ratio to the baseline. `interpreter`
-    gives the Python that it runs in, where its packages do not go along with ours; it raises `Unavailable`.
+    the peer is to compute another function. `limit` is the largest accepted ratio to the baseline.
     """
 
     name: str
@@ -65,7 +63,6 @@ class Peer:
     observe: Callable[[Any], Any] | None = None
     reference: Callable[..., Any] | None = None
     limit: float | None = None
-    interpreter: Callable[[], Path] | None = None
 
 
 @dataclass(frozen=True)

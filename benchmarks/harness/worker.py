@@ -19,7 +19,7 @@ from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 from typing import Any
 
-from .case import Case, Unavailable
+from .case import Case
 from .seat import Dropped, Local, Seat, Task, dropped
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -49,8 +49,8 @@ class Source:
 class Process:
     """A worker, and what it answers. It is started by the first thing it is asked."""
 
-    def __init__(self, source: Source, log: Path, interpreter: Callable[[], Path] | None = None) -> None:
-        self.source, self.log, self.interpreter = source, log, interpreter
+    def __init__(self, source: Source, log: Path) -> None:
+        self.source, self.log = source, log
         self.child: subprocess.Popen[bytes] | None = None
         self.pipe: Connection | None = None
 
@@ -75,14 +75,10 @@ class Process:
         return answer
 
     def _start(self) -> None:
-        try:
-            python = self.interpreter() if self.interpreter else Path(sys.executable)
-        except Unavailable as error:
-            raise dropped(error, "") from error
         self.pipe, theirs = Pipe()
         with self.log.open("wb") as log:
             self.child = subprocess.Popen(
-                [str(python), "-m", __name__, str(theirs.fileno())],
+                [sys.executable, "-m", __name__, str(theirs.fileno())],
                 cwd=ROOT if __name__.startswith("benchmarks.") else None, pass_fds=[theirs.fileno()],
                 env=os.environ | dict.fromkeys(THREAD_VARIABLES, str(self.source.threads)),
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log,
@@ -154,7 +150,7 @@ def worker_seats(case: Case, peers: Sequence[int], seed: int, source: Callable[[
             first.close()
         seats: list[Seat] = []
         for index in peers:
-            process = Process(found, folder / f"{index}.log", case.peers[index].interpreter)
+            process = Process(found, folder / f"{index}.log")
             stack.callback(process.close)
             seats.append(Remote(process, index, folder / "task.pt"))
         yield seats
