@@ -14,6 +14,7 @@ from .harness import PEAK_MEMORY, Case, Options, Peer, Reading
 from .harness.case import relative_error
 from .harness.memory import peak_above
 
+SUITE = "compile"
 LIMIT = 4.0
 HERE = "benchmarks.peak_memory"
 TOKENS = 64

@@ -1,9 +1,7 @@
-"""Networks on 8-bit integers, against floats and against ONNX Runtime's own quantize_static: time, accuracy, bytes.
+"""Networks on 8-bit integers, against floats and against ONNX Runtime's own quantize_static: time and bytes.
 
 Times are ratios to floats on ONNX Runtime, which is the fastest of our targets in floats here, and all ONNX files run
-in bare sessions of it. All are calibrated on the same inputs. Accuracy is of the public ResNet-20 on CIFAR-10's 10,000
-test images, with the ranges of 512 others, as a share of wrong predictions; next to it stands the share of predictions
-that floats do not make, which does not hang on the luck of a few images.
+in bare sessions of it. All are calibrated on the same inputs. What it costs in accuracy: ``accuracy.py``.
 """
 
 from __future__ import annotations
@@ -26,11 +24,7 @@ from .harness.memory import peak_above
 
 HERE = "benchmarks.quantization"
 IMAGES, BATCH = 512, 64
-WRONG = Metric("wrong predictions", "", rounds=1, quick_rounds=1, timed=False, exact=True)
-MOVED = Metric("predictions unlike floats", "", rounds=1, quick_rounds=1, timed=False, exact=True)
 SIZE = Metric("file", "B", rounds=1, quick_rounds=1, timed=False, exact=True)
-LOST = 0.003
-"""Of all predictions, what int8 may lose."""
 FEW, MANY = 64, 4096
 GROWTH = 1.1
 """Peak memory with many samples in peaks with few."""
@@ -80,16 +74,15 @@ class Transformer(nn.Module):
 
 
 def cases(options: Options) -> Iterator[Case]:
-    subjects = _subjects(options)
-    for subject in subjects[:1] if options.quick else subjects:
+    found = subjects(options)
+    for subject in found[:1] if options.quick else found:
         for batch, limit in subject.limits:
             yield latency_case(subject, batch, limit)
-    yield from accuracy_cases(subjects[0])
-    yield size_case(subjects[0])
+    yield size_case(found[0])
     yield memory_case(options)
 
 
-def _subjects(options: Options) -> list[Subject]:
+def subjects(options: Options) -> list[Subject]:
     @functools.cache
     def transformer() -> nn.Module:
         torch.manual_seed(options.seed)
@@ -136,10 +129,10 @@ def latency_case(subject: Subject, batch: int, limit: float) -> Case:
 
 def file_of(artifact: Any) -> Path:
     """The ONNX file of an artifact, which may go."""
-    return artifact.save(_folder() / "artifact") / "onnx" / "model.onnx"
+    return artifact.save(folder() / "artifact") / "onnx" / "model.onnx"
 
 
-def _folder() -> Path:
+def folder() -> Path:
     return Path(tempfile.mkdtemp(dir=_scratch().name))
 
 
@@ -173,7 +166,7 @@ def quantized_by_runtime(subject: Subject) -> Path:
             batch = next(self.batches, None)
             return None if batch is None else {"x": batch.numpy()}
 
-    prepared, done = (_folder() / f"{name}.onnx" for name in ("prepared", "quantized"))
+    prepared, done = (folder() / f"{name}.onnx" for name in ("prepared", "quantized"))
     source = str(file_of(subject.compiled("onnx")))
     try:
         quant_pre_process(source, str(prepared))
@@ -186,53 +179,7 @@ def quantized_by_runtime(subject: Subject) -> Path:
     return done
 
 
-# ---- accuracy and bytes
-
-
-def accuracy_cases(subject: Subject) -> Iterator[Case]:
-    ranges = {"min and max": {}, "least squares": {"calibrate": "mse"}, "no bias correction": {"correct_bias": False}}
-    makes: dict[str, Callable[[], Any]] = {"quantize_static": lambda: session(quantized_by_runtime(subject))}
-    makes |= {f"fxfreeze int8, {name}": functools.partial(subject.compiled, "onnx", scheme="int8", **how)
-              for name, how in ranges.items()}  # fmt: skip
-    makes |= {f"fxfreeze int8, {target}": functools.partial(subject.compiled, target, scheme="int8")
-              for target in ("torch", "aoti")}  # fmt: skip
-    floats = 1 - 0.8103  # what the limit is a share of: wrong predictions of the float network
-    yield Case(
-        name=f"{subject.name}, {IMAGES} images to calibrate on",
-        peers=(
-            Peer("floats", lambda: share(lambda: subject.make(), labels)),
-            *(Peer(name, lambda make=make: share(make, labels), limit=1 + LOST / floats)  # type: ignore[misc]
-              for name, make in makes.items()),
-        ), baseline="floats", reference=lambda: None, metric=WRONG,
-    )  # fmt: skip
-    yield Case(
-        name=f"{subject.name}, {IMAGES} images to calibrate on",
-        peers=tuple(Peer(name, lambda make=make: share(make, predictions)) for name, make in makes.items()),  # type: ignore[misc]
-        baseline="quantize_static", reference=lambda: None, metric=MOVED,
-    )  # fmt: skip
-
-
-def share(make: Callable[[], Any], wanted: Callable[[], Tensor]) -> Callable[[], Reading]:
-    """Of the test images, those of which `make()` does not predict what is `wanted`."""
-    model, pictures, right = make(), models.cifar10("test")[0], wanted()
-
-    @torch.no_grad()
-    def read() -> Reading:
-        found = torch.cat([model(part).argmax(1) for part in pictures.split(500)])
-        return Reading(float((found != right).double().mean()), 0.0)
-
-    return read
-
-
-def labels() -> Tensor:
-    return models.cifar10("test")[1]
-
-
-@functools.cache
-@torch.no_grad()
-def predictions() -> Tensor:
-    model = models.resnet20()
-    return torch.cat([model(part).argmax(1) for part in models.cifar10("test")[0].split(500)])
+# ---- bytes
 
 
 def size_case(subject: Subject) -> Case:

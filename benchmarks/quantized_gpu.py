@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .harness import Case, Options, Peer
 
+SUITE = "gpu"
 DEVICE = "cuda"
 BLOCK = 128
 """Inputs that share a scale."""

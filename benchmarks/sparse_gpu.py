@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .harness import Case, Options, Peer
 
+SUITE = "gpu"
 DEVICE = "cuda"
 TOLERANCES = {torch.float32: 1e-5, torch.float16: 2e-3}
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .harness import Case, Options, Peer
 
+SUITE = "gpu"
 DEVICE = "cuda"
 ALU_LIMIT = 3.0
 """A minimum and an addition are two instructions where a product's multiplication and addition are one. If cuBLAS in
