@@ -16,11 +16,9 @@ try:
     from benchmarks import networks as suite
     from benchmarks.harness import Options, Unavailable
     from benchmarks.harness.case import relative_error
-    from benchmarks.suite import networks, peers, plans
+    from benchmarks.suite import networks, peers, plans, work
 finally:
     sys.path.remove(str(ROOT))
-
-FLOATS = (plans.BARE, plans.LORA, plans.GATES, plans.TVERSKY, plans.TICKET)
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +61,60 @@ def test_plain_modules_are_the_reference_and_not_another_variant(variant, small,
     if variant not in (plans.BARE, plans.QUANTIZED):
         bare = plans.reference(small, plans.BARE, *inputs)
         assert relative_error(bare, wanted) > 2 * variant.tolerance(small)
+
+
+@pytest.mark.parametrize("variant", plans.VARIANTS, ids=lambda variant: variant.name)
+def test_one_plan_does_what_the_plain_modules_do(variant, small, inputs):
+    found = peers.peer("fxfreeze, onnx", small, variant).prepare()(*inputs)
+    error = relative_error(found, plans.reference(small, variant, *inputs))
+    assert error < (0.1 if variant.int8 else 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "variant"),
+    [("peft, eager", plans.LORA), ("peft merged, ONNX Runtime", plans.LORA), ("ONNX Runtime", plans.GATES),
+     ("Torch-Pruning, ONNX Runtime", plans.TICKET), ("quantize_static", plans.QUANTIZED),
+     ("merged by hand, quantize_static", plans.ALL)],
+)  # fmt: skip
+def test_the_others_do_the_same(name, variant, small, inputs):
+    found = peers.peer(name, small, variant).prepare()(*inputs)
+    assert relative_error(found, plans.reference(small, variant, *inputs)) < (0.1 if variant.int8 else 1e-5)
+
+
+def test_a_ticket_is_smaller_for_torch_pruning_and_its_masks_are_whole_units(small):
+    pruned = peers.torch_pruning(small, plans.TICKET)
+    assert pruned.get_submodule("encoder.blocks.0.mlp.0").weight.shape == (64, 64)
+    mask = plans.masks(small)["encoder.blocks.0.mlp.0.weight"]
+    assert (mask.all(1) | ~mask.any(1)).all() and int(mask.any(1).sum()) == 64
+
+
+@pytest.mark.parametrize("spoilt", ["thresholds", "updates", "similarity", "masks"])
+def test_a_plan_with_one_wrong_number_table_is_found_out(spoilt, small, inputs, monkeypatch):
+    """Of one site only, the first: what a peer got wrong there has to show in the outputs."""
+    variant = {"thresholds": plans.GATES, "updates": plans.LORA, "similarity": plans.TVERSKY, "masks": plans.TICKET}
+    chosen = variant[spoilt]
+    wanted = plans.reference(small, chosen, *inputs)
+    found = getattr(plans, spoilt)(small)
+    if spoilt == "similarity":
+        wrong = (found[0], found[1].roll(1, 0))
+    else:
+        first = next(iter(found))
+        numbers = found[first]
+        wrong = {**found, first: ~numbers if spoilt == "masks" else (numbers[0] * 1.5, *numbers[1:])}
+    monkeypatch.setattr(plans, spoilt, lambda network: wrong)
+    assert relative_error(plans.plain(small, chosen)(*inputs), wanted) > chosen.tolerance(small)
+
+
+def test_work_is_what_one_counts_by_hand(small):
+    """Two blocks of 16 tokens, 64 wide, and a head of 10."""
+    layers = 16 * 64 * (3 * 64 + 64 + 2 * 128)
+    attention = 2 * 16 * 16 * 64
+    bare, ticket = work.of(small, plans.BARE), work.of(small, plans.TICKET)
+    assert bare.operations == 2 * (2 * (layers + attention) + 640) == work.of(small, plans.GATES).operations
+    assert ticket.operations == bare.operations - 2 * 2 * 16 * 64 * 128  # half of the hidden units in both blocks
+    assert bare.bytes == 4 * (sum(p.numel() for p in small.model.parameters()) + 16 * 64 + 10)
+    assert work.of(small, plans.QUANTIZED).dtype == "int8"
+    assert work.of(small, plans.QUANTIZED).bytes < bare.bytes / 3
 
 
 def test_a_peer_whose_library_is_missing_says_so(small, monkeypatch):

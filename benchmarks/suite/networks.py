@@ -210,7 +210,7 @@ def encoder(seed: int, depth: int = 2, tokens: int = 16, width: int = 64) -> Net
 
     draw = images(1, tokens, width)
     return Network(
-        "encoder", build, {"x": (1, tokens, width)}, draw, repeated(draw, 8), adapted=("encoder.blocks.*.qkv",),
+        "encoder", build, {"x": ("batch", tokens, width)}, draw, repeated(draw, 8), adapted=("encoder.blocks.*.qkv",),
         gated=("encoder.blocks.*.mlp.1",), fire=0.5, head="head",
         hidden=(Hidden(("encoder.blocks.*.mlp.0",), "0", into=("2",)),), features=64,
     )  # fmt: skip

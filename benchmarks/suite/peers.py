@@ -82,7 +82,15 @@ def eager(build: Build, network: Network, variant: Variant) -> Call:
 
 
 def compiled(build: Build, network: Network, variant: Variant, freezing: bool) -> Call:
-    fast: Call = torch.compile(build(network, variant), options={"freezing": True} if freezing else None)
+    return inductor(build(network, variant), freezing)
+
+
+def inductor(module: nn.Module, freezing: bool) -> Call:
+    """Every peer has a process of its own, so a setting may stay. As an option of torch.compile alone, freezing is not
+    seen by dynamo, which passes the weights as inputs: torchao's integers then do not compile.
+    """
+    torch._inductor.config.freezing = freezing  # type: ignore[attr-defined]
+    fast: Call = torch.compile(module)
     return fast
 
 
@@ -215,8 +223,7 @@ def torchao(build: Build, network: Network, variant: Variant) -> Call:
         prepared = prepare_pt2e(program.module(), quantizer)
         for inputs in network.calibration():
             prepared(*inputs)
-        fast: Call = torch.compile(convert_pt2e(prepared), options={"freezing": True})
-    return fast
+        return inductor(convert_pt2e(prepared), freezing=True)
 
 
 def fxfreeze(network: Network, variant: Variant, target: str) -> Call:
