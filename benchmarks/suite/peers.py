@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import models
+from .. import peers as environments
 from ..harness import Peer
 from . import plans
 from .networks import Network
@@ -192,16 +193,13 @@ def quantize_static(build: Build, network: Network, variant: Variant) -> Call:
 
 
 def nncf(build: Build, network: Network, variant: Variant) -> Call:
-    """NNCF on the same ONNX file, with its defaults."""
-    library, onnx = models.need("nncf"), models.need("onnx")
+    """NNCF on the same ONNX file, with its defaults, in an environment of its own."""
     names = list(network.shapes)
     batches = [{name: value.numpy() for name, value in zip(names, given, strict=True)}
                for given in network.calibration()]  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
-        model = onnx.load(onnx_file(build, network, variant, Path(folder)))
-        done = library.quantize(model, library.Dataset(batches), subset_size=len(batches))
-        onnx.save(done, f"{folder}/done.onnx")
-        return session(Path(folder) / "done.onnx")
+        source = onnx_file(build, network, variant, Path(folder))
+        return session(environments.quantized("nncf", source, batches, Path(folder) / "done.onnx"))
 
 
 def torchao(build: Build, network: Network, variant: Variant) -> Call:
