@@ -73,8 +73,9 @@ def _gather(x: Tensor, a: Tensor, b: Tensor, ids: Tensor) -> Tensor:
 
 
 def _mask(x: Tensor, a: Tensor, b: Tensor, ids: Tensor) -> Tensor:
-    narrow = torch.matmul(x, a.flatten(0, 1).t()).unflatten(-1, (a.shape[0], a.shape[1]))
-    own = ids[:, None] == torch.arange(a.shape[0], device=ids.device, dtype=ids.dtype)
+    # K stands nowhere as a number: adapters are added to what was compiled.
+    narrow = torch.matmul(x, a.flatten(0, 1).t()).unflatten(-1, (-1, a.shape[1]))
+    own = ids[:, None] == torch.ones_like(a[:, 0, 0], dtype=ids.dtype).cumsum(0) - 1
     # Not a product with 0 and 1: what another adapter makes of the row may be infinite.
     kept = torch.where(own[:, None, :, None], narrow, 0.0)
     return torch.matmul(kept.flatten(2), b.flatten(0, 1))

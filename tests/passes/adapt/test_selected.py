@@ -184,6 +184,21 @@ def test_both_forms_are_the_same_function(net: fz.AdaptedModule, monkeypatch: py
     assert bool(masks) == (form == "mask")
 
 
+@pytest.mark.parametrize("form", ["gather", "mask"])
+def test_neither_form_holds_the_number_of_adapters(monkeypatch: pytest.MonkeyPatch, form: str) -> None:
+    seconds = {"gather": 1.0, "mask": 2.0 if form == "gather" else 0.5}
+    monkeypatch.setattr("fxfreeze.passes.PIPELINE", tuple(
+        fuse.SelectForm(lambda layer: {(1, 1): seconds}) if item.name == "select-form" else item
+        for item in _pipeline()))  # fmt: skip
+    layer = torch.nn.Sequential(torch.nn.Linear(8, 12)).requires_grad_(False)
+    plan = fz.Plan([fz.Input("x", ("n", 3, 8))], [fz.LoRA("0", rank=2, adapters=3)], ["onnx"])
+    artifact = fz.compile(layer, plan)
+    a, b, x = torch.randn(2, 8), torch.randn(12, 2), torch.randn(2, 3, 8)
+    added = artifact.add_adapter("more", {"0.lora_A": a, "0.lora_B": b})
+    wanted = torch.stack([layer(x[0]), layer(x[1]) + x[1] @ a.T @ b.T])
+    torch.testing.assert_close(artifact(x, adapter=torch.tensor([0, added])), wanted, rtol=1e-4, atol=1e-4)
+
+
 def _pipeline() -> Any:
     from fxfreeze.passes import PIPELINE
 
