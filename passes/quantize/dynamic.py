@@ -62,7 +62,11 @@ def _levels(program: Program, ctx: Context, sites: Sequence[Site]) -> dict[Site,
 def _problem(site: Site) -> str | None:
     if site.operator.kind == "conv":
         return "dynamic int8 convolutions run 8 to 14 times slower than float ones; use mode='static'"
-    return None if site.operator.kind in ("linear", "matmul") else f"{site.operator.kind} has no integer kernel"
+    kinds = {
+        "embedding": "an embedding computes nothing; 'int8-weight' is for layers that are looked up",
+        "transposed": "there is no integer kernel for transposed convolutions",
+    }
+    return kinds.get(site.operator.kind)
 
 
 def _rewrite(program: Program, ctx: Context, site: Site, inputs: dict[Node, Node]) -> None:

@@ -116,9 +116,14 @@ def _closest(program: Program, site: Site, found: Mapping[Node, Hessian]) -> tup
 def _problem(site: Site) -> str | None:
     operator, block = site.operator, site.step.block
     if operator.kind == "transposed":
-        return "weights of transposed convolutions are not quantized yet"
+        return "no target reads weights of transposed convolutions as integers"
     if block and operator.kind == "conv":
         return "groups are for linear layers and embeddings"
+    if operator.kind == "conv" and not site.step.allow_simulated:
+        return (
+            "no target reads weights of convolutions alone as integers; use scheme='int8', or allow_simulated=True for "
+            "a smaller file"
+        )
     # A scale of an embedding is of a row, or of a part of one: the row that is looked up is all that is read.
     size, what = (
         (operator.out_features, "columns") if operator.kind == "embedding" else (operator.in_features, "inputs")

@@ -187,13 +187,29 @@ def test_dynamic_scales_are_of_the_call(net: nn.Module) -> None:
     [("int8-weight", "channel", 35), ("int8-weight", "group:4", 35), ("int4-weight", "group:4", 10)],
 )
 def test_weights_alone(net: nn.Module, scheme: str, granularity: str, least: float) -> None:
-    done = compiled(net, fz.Quantize(scheme=scheme, granularity=granularity))
+    done = compiled(net, fz.Quantize(scheme=scheme, granularity=granularity, allow_simulated=True))
     assert rows(done, "rewritten").keys() == ({"head"} if "group" in granularity else LAYERS)
     assert snr(done, net, batches(4)[-1]) > least
     assert not any(node.target is QUANTIZE.op for node in done.program.graph.nodes)
     assert stored(done, "head.weight.scale").shape == ((5, 2) if "group" in granularity else (5,))
     if scheme == "int4-weight":
         assert stored(done, "head.weight.int").abs().max() == 7
+
+
+def test_weights_of_convolutions_alone_stay_floats_with_a_reason(net: nn.Module) -> None:
+    done = compiled(net, fz.Quantize(scheme="int8-weight"))
+    assert rows(done, "rewritten").keys() == {"head"}
+    told = rows(done, "refused")
+    assert told.keys() == LAYERS - {"head"}
+    assert all("use scheme='int8', or allow_simulated=True" in row.detail for row in told.values())
+
+
+@pytest.mark.parametrize("step", [{}, {"mode": "dynamic"}, {"scheme": "int8-weight"}], ids=str)
+def test_transposed_convolutions_stay_floats_with_a_reason(step: dict[str, Any]) -> None:
+    model = nn.Sequential(nn.ConvTranspose2d(3, 4, 2, stride=2), nn.Flatten(2), nn.Linear(4 * SIZE * SIZE, 2)).eval()
+    done = compiled(model, fz.Quantize(**step))
+    assert rows(done, "rewritten").keys() == {"2"}
+    assert "transposed convolutions" in rows(done, "refused")["0"].detail
 
 
 def test_what_is_stored_input_by_output_has_its_scales_there() -> None:
