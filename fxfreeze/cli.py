@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -28,6 +28,9 @@ from .errors import (
     PlanError,
     ProofError,
 )
+
+if TYPE_CHECKING:
+    from .plan import Plan
 
 app = typer.Typer(
     help="A compiler for frozen neural networks.",
@@ -89,7 +92,7 @@ def compile_command(
     loaded = Plan.load(plan)
     model = build_model(factory, weights)
     inputs = load_tensors(examples) if examples else None
-    batches = _load_batches(calibration) if calibration else None
+    batches = _load_batches(calibration, loaded) if calibration else None
     with progress(quiet=as_json) as say:
         artifact = compile_model(
             model, loaded, example_inputs=inputs, calibration=batches, verify=verify.value, progress=say
@@ -225,7 +228,7 @@ def sensitivity(
     loaded = Plan.load(plan)
     model = build_model(factory, weights)
     inputs = load_tensors(examples) if examples else None
-    batches = _load_batches(calibration) if calibration else None
+    batches = _load_batches(calibration, loaded) if calibration else None
     with progress(quiet=as_json) as say:
         rows = measure(model, loaded, example_inputs=inputs, calibration=batches, progress=say)
     found = [row.to_json() for row in rows]
@@ -303,17 +306,38 @@ def _show_demo(result: Any) -> None:
     )
 
 
-def _load_batches(path: Path) -> list[dict[str, Any]]:
-    """What a file of samples holds, some rows at a time."""
+def _load_batches(path: Path, plan: Plan) -> list[dict[str, Any]]:
+    """What a file of samples holds, as many rows at a time as the plan's inputs take; a rest that is too few is left.
+
+    Raises:
+        ArtifactError: tensors with different numbers of rows, or fewer than one call takes.
+    """
     from .factory import load_tensors
 
     tensors = load_tensors(path)
     rows = {name: len(value) if value.ndim else 0 for name, value in tensors.items()}
     if not rows or min(rows.values()) != max(rows.values()) or not min(rows.values()):
         raise ArtifactError(f"its tensors hold different numbers of samples, or none: {rows}", where=str(path))
-    count = min(rows.values())
-    return [{name: value[start : start + _CALIBRATION_ROWS] for name, value in tensors.items()}
-            for start in range(0, count, _CALIBRATION_ROWS)]  # fmt: skip
+    count, (least, most) = min(rows.values()), _rows_per_call(plan)
+    if count < least:
+        raise ArtifactError(
+            f"{count} samples, and the plan's inputs take {least} at a time", where=str(path),
+            hint="add samples, or let the first size of the inputs be symbolic",
+        )  # fmt: skip
+    size = max(least, min(most, _CALIBRATION_ROWS))
+    return [{name: value[start : start + size] for name, value in tensors.items()}
+            for start in range(0, count - least + 1, size)]  # fmt: skip
+
+
+def _rows_per_call(plan: Plan) -> tuple[int, int]:
+    """The fewest and the most rows that all inputs of a plan take; where they contradict each other, the fewest."""
+    least, most = 1, _CALIBRATION_ROWS
+    for size in (spec.shape[0] for spec in plan.inputs if spec.shape):
+        bounds = plan.dims.get(size) if isinstance(size, str) else None
+        fixed = size if isinstance(size, int) else None
+        least = max(least, fixed or (bounds.min if bounds else 1))
+        most = min(most, fixed or (bounds.max if bounds else None) or most)
+    return least, most
 
 
 def _show(manifest: Any, as_json: bool, *, full: bool = False) -> None:

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -227,6 +228,32 @@ def test_sensitivity_shows_what_each_layer_costs(folder: Path, command, tmp_path
     save_file({"x": torch.randn(100, 4), "y": torch.randn(99, 4)}, data)
     code, _, err = command("sensitivity", *given)
     assert code == 6 and "different numbers of samples" in err
+
+
+@pytest.mark.parametrize(
+    ("size", "bounds", "sizes"),
+    [
+        ("batch", None, [64, 36]), (8, None, [8] * 12), ("batch", fz.Dim(max=48), [48, 48, 4]),
+        ("batch", fz.Dim(min=30, max=48), [48, 48]), ("batch", fz.Dim(min=80), [80]),
+    ],
+)  # fmt: skip
+def test_batches_of_samples_fit_the_plan(tmp_path: Path, size: Any, bounds: fz.Dim | None, sizes: list[int]):
+    plan = fz.Plan([fz.Input("x", (size, 4))], [], (), dims={"batch": bounds} if bounds else {})
+    data = tmp_path / "data.safetensors"
+    save_file({"x": torch.randn(100, 4)}, data)
+    assert [len(batch["x"]) for batch in cli._load_batches(data, plan)] == sizes
+
+
+def test_a_plan_of_a_fixed_batch_is_measured_on_a_file(folder: Path, command, tmp_path: Path):
+    fz.Plan([fz.Input("x", (8, 4))], [fz.Quantize()], ()).save(tmp_path / "fixed.toml")
+    data = tmp_path / "data.safetensors"
+    given = ["my_model:build", "--plan", str(tmp_path / "fixed.toml"), "--calibration", str(data)]
+    save_file({"x": torch.randn(100, 4)}, data)
+    code, out, err = command("sensitivity", *given, "--json")
+    assert code == 0 and len(json.loads(out)["sensitivity"]) == 2, err
+    save_file({"x": torch.randn(7, 4)}, data)
+    code, _, err = command("sensitivity", *given)
+    assert code == 6 and "7 samples, and the plan's inputs take 8 at a time" in err
 
 
 def test_tied_weights_may_be_stored_once(folder: Path):
