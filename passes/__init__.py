@@ -48,14 +48,14 @@ from .prune.compact import Compact
 from .prune.dead_neurons import DeadNeurons
 from .prune.factorize import FactorizeLayers
 from .prune.unread_rows import UnreadRows
-from .quantize.dynamic import QuantizeDynamic
+from .quantize.dynamic import QuantizeDynamic, QuantizeDynamicWithin
 from .quantize.equalize import Equalize
-from .quantize.float8 import QuantizeFloat8
+from .quantize.float8 import QuantizeFloat8, QuantizeFloat8Within
 from .quantize.products import QuantizeProducts
-from .quantize.static import QuantizeStatic
+from .quantize.static import QuantizeStatic, QuantizeStaticWithin
 from .quantize.tied import MergeTied
 from .quantize.tversky import QuantizeTversky
-from .quantize.weights import QuantizeWeights
+from .quantize.weights import QuantizeWeights, QuantizeWeightsWithin
 
 PIPELINE: tuple[Pass, ...] = (
     # clean: the parameters the plan gives, and what means nothing to a frozen graph
@@ -96,7 +96,8 @@ PIPELINE: tuple[Pass, ...] = (
     Compact(),
     FactorizeLayers(),
     UnreadRows(),
-    # quantize: integers, or float8, for what is left, once its channels are alike
+    # quantize: integers, or float8, for what is left, once its channels are alike; what has a budget last, for it counts
+    # the rest
     Equalize(),
     QuantizeStatic(),
     QuantizeProducts(),
@@ -104,6 +105,10 @@ PIPELINE: tuple[Pass, ...] = (
     QuantizeDynamic(),
     QuantizeFloat8(),
     QuantizeWeights(),
+    QuantizeStaticWithin(),
+    QuantizeDynamicWithin(),
+    QuantizeFloat8Within(),
+    QuantizeWeightsWithin(),
     MergeTied(),
     # fuse: one call where a compiler sees several; what skips neurons looks for their gate, and so comes first; what is
     # in a stack is found by nobody

@@ -37,6 +37,10 @@ class Head:
     node: Node
 
 
+def has_budget(step: Quantize) -> bool:
+    return step.budget is not None
+
+
 def integer_heads(program: Program, ctx: Context, problem: Callable[[Head], str | None]) -> list[Head]:
     """The Tversky heads that steps want on integers; of what `problem` refuses, a row in the ledger says why."""
     wanted = {node: integer_step(program, node, ctx.plan.steps) for node in _similarities(program)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -11,13 +12,14 @@ from torch.fx import Node
 from fxfreeze.inline import inline
 from fxfreeze.kernels.dequantize import KERNEL as DEQUANTIZE
 from fxfreeze.kernels.quantize import KERNEL as QUANTIZE
+from fxfreeze.plan import Quantize
 from fxfreeze.program import Program
 from fxfreeze.rewrite import Context, Pass
 
 from .._measured import measure_outputs
 from ._activations import HIGH, LOW
 from ._sensitivity import Level, choose, layer_seconds, measures
-from ._sites import Site, quantized_sites
+from ._sites import Site, has_budget, quantized_sites
 from ._weights import computed, nearest, quantize_weight
 
 
@@ -28,9 +30,11 @@ class QuantizeDynamic(Pass):
     """
 
     name, stage, exact = "quantize_dynamic", "quantize", False
+    within_budget: ClassVar[bool] = False
+    """Whether it is for steps with a budget."""
 
     def run(self, program: Program, ctx: Context) -> int:
-        sites = quantized_sites(program, ctx, lambda step: step.scheme == "int8" and step.mode == "dynamic", _problem)
+        sites = quantized_sites(program, ctx, self._wants, _problem)
         if not sites:
             return 0
         before, inputs = program.clone(), dict[Node, Node]()
@@ -40,6 +44,15 @@ class QuantizeDynamic(Pass):
         if chosen:
             measure_outputs(ctx, program, before, "dynamic int8")
         return len(chosen)
+
+    def _wants(self, step: Quantize) -> bool:
+        return step.scheme == "int8" and step.mode == "dynamic" and has_budget(step) == self.within_budget
+
+
+class QuantizeDynamicWithin(QuantizeDynamic):
+    """As `quantize_dynamic`, with a budget: behind what has none, so that the budget counts that, too."""
+
+    name, within_budget = "quantize_dynamic_within", True
 
 
 def requantized(x: Tensor) -> Tensor:

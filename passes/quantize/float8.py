@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -23,7 +24,7 @@ from .._adapters import describe
 from .._measured import Tally, measure_outputs
 from ._calibrate import Seen, layer_run, observe
 from ._sensitivity import Level, choose, layer_seconds, measures
-from ._sites import Site, quantized_sites
+from ._sites import Site, has_budget, quantized_sites
 from ._weights import stored_weight
 
 
@@ -73,10 +74,12 @@ class QuantizeFloat8(Pass):
     """
 
     name, stage, exact = "quantize_float8", "quantize", False
+    within_budget: ClassVar[bool] = False
+    """Whether it is for steps with a budget."""
 
     def run(self, program: Program, ctx: Context) -> int:
         refused: list[tuple[Site, str]] = []
-        sites = quantized_sites(program, ctx, lambda step: step.scheme == "fp8", _noting(refused))
+        sites = quantized_sites(program, ctx, self._wants, _noting(refused))
         _check_named(refused, sites)
         if not sites:
             return 0
@@ -91,6 +94,15 @@ class QuantizeFloat8(Pass):
         if layers:
             measure_outputs(ctx, program, before, "float8")
         return len(layers)
+
+    def _wants(self, step: Quantize) -> bool:
+        return step.scheme == "fp8" and has_budget(step) == self.within_budget
+
+
+class QuantizeFloat8Within(QuantizeFloat8):
+    """As `quantize_float8`, with a budget: behind what has none, so that the budget counts that, too."""
+
+    name, within_budget = "quantize_float8_within", True
 
 
 def step_of(largest: Tensor, dtype: torch.dtype) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial
+from typing import ClassVar
 
 from torch import Tensor
 from torch.fx import Node
@@ -20,7 +21,7 @@ from ._activations import Scale, add_scale, quantized, scale_of
 from ._calibrate import Seen, layer_run, observe
 from ._layers import Layer, corrected
 from ._sensitivity import Beside, Level, choose, layer_seconds, measures
-from ._sites import Site, quantized_sites
+from ._sites import Site, has_budget, quantized_sites
 from ._weights import read_integers
 
 _RECTIFIERS = frozenset({aten.relu.default, aten.relu6.default, aten.hardtanh.default})
@@ -38,8 +39,13 @@ class QuantizeStatic(Pass):
     """
 
     name, stage, exact = "quantize_static", "quantize", False
+    within_budget: ClassVar[bool] = False
+    """Whether it is for plans in which a step with measured scales has a budget; all such steps share these scales."""
 
     def run(self, program: Program, ctx: Context) -> int:
+        steps = [step for step in ctx.plan.steps if isinstance(step, Quantize) and is_static(step)]
+        if any(map(has_budget, steps)) != self.within_budget:
+            return 0
         sites = quantized_sites(program, ctx, is_static, _problem)
         if not sites:
             return 0
@@ -76,6 +82,12 @@ class QuantizeStatic(Pass):
             site=site.path, step=site.step.name, requested=describe(site.step), outcome="rewritten",
             executes=f"int8 weights, one scale per {site.step.granularity}; uint8 input", detail="; ".join(notes),
         )  # fmt: skip
+
+
+class QuantizeStaticWithin(QuantizeStatic):
+    """As `quantize_static`, with a budget: behind what has none, so that the budget counts that, too."""
+
+    name, within_budget = "quantize_static_within", True
 
 
 def _problem(site: Site) -> str | None:

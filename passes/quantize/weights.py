@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import ClassVar
 
 from torch.fx import Node
 
+from fxfreeze.plan import Quantize
 from fxfreeze.program import Program
 from fxfreeze.rewrite import Context, Pass
 
 from .._measured import measure_outputs
 from ._gptq import Hessian, compensated, hessians, is_compensated
 from ._sensitivity import Level, choose, measures
-from ._sites import Site, quantized_sites
+from ._sites import Site, has_budget, quantized_sites
 from ._weights import Integers, Layout, computed, nearest, put_integers, quantize_weight, stored_weight
 
 _BITS = {"int8-weight": 8, "int4-weight": 4}
@@ -31,9 +33,11 @@ class QuantizeWeights(Pass):
     """
 
     name, stage, exact = "quantize_weights", "quantize", False
+    within_budget: ClassVar[bool] = False
+    """Whether it is for steps with a budget."""
 
     def run(self, program: Program, ctx: Context) -> int:
-        sites = quantized_sites(program, ctx, lambda step: step.scheme in _BITS, _problem)
+        sites = quantized_sites(program, ctx, self._wants, _problem)
         if not sites:
             return 0
         before = program.clone()
@@ -49,6 +53,15 @@ class QuantizeWeights(Pass):
         if bits:
             measure_outputs(ctx, program, before, "integer weights")
         return len(bits)
+
+    def _wants(self, step: Quantize) -> bool:
+        return step.scheme in _BITS and has_budget(step) == self.within_budget
+
+
+class QuantizeWeightsWithin(QuantizeWeights):
+    """As `quantize_weights`, with a budget: behind what has none, so that the budget counts that, too."""
+
+    name, within_budget = "quantize_weights_within", True
 
 
 def _chosen(program: Program, ctx: Context, sites: Sequence[Site], found: Compensated) -> dict[Site, int]:

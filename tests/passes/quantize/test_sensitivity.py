@@ -154,6 +154,23 @@ def test_budgets_of_several_steps_are_of_the_whole_model(net: nn.Module) -> None
         assert snr(found, net) >= limit and floats(found), modes
 
 
+@pytest.mark.parametrize("other", [{"mode": "dynamic"}, {"scheme": "int8-weight"}], ids=str)
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_budget_counts_what_has_none(net: nn.Module, other: dict[str, Any], order: int) -> None:
+    """The layer alone keeps it, and so does what is quantized without one; both together do not."""
+
+    def compiled(budget: str | None) -> Compilation:
+        steps = [fz.Quantize("0", budget=budget), fz.Quantize("4", **other)][::order]
+        return rewrite(net, fz.Plan([fz.Input("x", ("batch", SIZE))], steps, ()), calibration=batches())
+
+    alone = min(snr(done(net, fz.Quantize("0")), net), snr(done(net, fz.Quantize("4", **other)), net))
+    both = snr(compiled(None), net)
+    limit = (alone + both) / 2
+    found = compiled(f"snr:{limit:.2f}")
+    assert both < limit - 0.1 and floats(found) == {"0"} and snr(found, net) >= limit
+    assert not floats(compiled(f"snr:{both - 0.1:.2f}"))
+
+
 def test_the_score_is_not_asked_for_decibels(net: nn.Module) -> None:
     asked = []
 
