@@ -454,14 +454,17 @@ def test_sizes_of_one(cost):
 
 @pytest.mark.slow
 @triton
-@pytest.mark.parametrize("number", range(5))
-@pytest.mark.parametrize("build", BUILDS)
-def test_tiled_within_budget(within_budget, build, number):
+@pytest.mark.parametrize(
+    ("build", "number", "even"),
+    [*itertools.product(BUILDS, range(5), [True]), ("three", 0, False), ("three", 3, False)],
+)
+def test_tiled_within_budget(within_budget, build, number, even):
     from fxfreeze.kernels import _tversky_integer_triton as file
 
     sizes, options = split(file.CONFIGS[number])
-    constants = {**file.flags(_tversky.combination(*BUILDS[build])), **sizes, "EVEN": True}
-    name = f"tversky_integer {build} {'x'.join(str(sizes[key]) for key in ('BN', 'BP', 'BK'))}"
+    constants = {**file.flags(_tversky.combination(*BUILDS[build])), **sizes, "EVEN": even}
+    tile = "x".join(str(sizes[key]) for key in ("BN", "BP", "BK"))
+    name = f"tversky_integer {build} {tile}{'' if even else ' odd'}"
     within_budget(name, file.tiled_kernel, {**TYPES, **dict.fromkeys("NPK", "i32")}, constants, **options)
 
 

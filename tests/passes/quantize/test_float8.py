@@ -20,7 +20,7 @@ from fxfreeze.kernels import float8_linear
 from fxfreeze.kernels.float8_linear import KERNEL as LINEAR
 from fxfreeze.kernels.quantize_float8 import KERNEL as QUANTIZE
 from fxfreeze.launched import executed, has_scaled, with_launched, with_scaled
-from fxfreeze.lower import Lowering
+from fxfreeze.lower import Lowering, export
 from fxfreeze.passes.quantize import float8 as module
 from fxfreeze.passes.quantize.float8 import row_scales
 from fxfreeze.program import Program
@@ -149,6 +149,12 @@ def test_data_that_is_not_finite_is_an_error() -> None:
         done(fp8(), data=data)
 
 
+def test_of_nothing_but_zeros_a_step_is_one() -> None:
+    found = done(fp8("first"), data=[torch.zeros(4, 5, SIZE)])
+    (node,) = calls(found.program, LINEAR.op)
+    assert torch.equal(found.program.constant(node.args[1]), torch.tensor(1.0))
+
+
 def test_rows_of_zeros_are_zeros() -> None:
     found = done(fp8("head", mode="dynamic"))
     (node,) = calls(found.program, QUANTIZE.op)
@@ -210,6 +216,12 @@ def test_convolutions_stay_in_floats_and_the_ledger_says_so() -> None:
     (row,) = [row for row in found.ledger if row.outcome == "refused"]
     assert row.site == "conv" and "there are no convolutions of float8" in row.detail
     assert len(calls(found.program, LINEAR.op)) == len(calls(found.program, torch.ops.aten.conv2d.default)) == 1
+
+
+def test_a_model_without_linear_layers_is_left_where_none_was_named() -> None:
+    made = fz.Plan([fz.Input("x", ("batch", 3, 8, 8))], [fp8()], ())
+    found = rewrite(nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU()).eval(), made)
+    assert [row.site for row in found.ledger if row.outcome == "refused"] == ["0"]
 
 
 def test_a_step_that_names_nothing_else_is_an_error() -> None:
@@ -317,6 +329,20 @@ def test_aoti_gets_them_whole_and_counts_them(ada: None) -> None:
     assert has_scaled(program) and len(scaled(program, 3)) == 3 and not scaled(program, 2)
     assert len(CALL.findall("AOTI_TORCH_ERROR_CODE_CHECK(aoti_torch_cuda__scaled_mm_out(a));")) == 1
     assert not CALL.findall("AOTITorchError aoti_torch_cuda__scaled_mm_out(a);")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("mode", ["static", "dynamic"])
+def test_with_scaled_mm_the_batch_stays_dynamic(mode: str, dtype: str, ada: None) -> None:
+    """What AOTInductor gets, traced on a CPU, where the operator is the same."""
+    program = on_gpu(fp8(mode=mode), dtype=dtype)
+    changed = with_scaled(program)
+    changed.inputs = tuple(replace(spec, device=torch.device("cpu")) for spec in changed.inputs)
+    exported = export(changed)
+    assert [str(node.target) for node in exported.graph.nodes].count("aten._scaled_mm.default") == 3
+    for rows in (1, 4):
+        x = batches(dtype=getattr(torch, dtype))[0][:rows]
+        assert relative(exported.module()(x)[0], program.run(x)[0]) < 4 * torch.finfo(x.dtype).eps + 1e-6
 
 
 def test_an_older_gpu_simulates(monkeypatch: pytest.MonkeyPatch) -> None:
