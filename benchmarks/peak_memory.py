@@ -19,12 +19,16 @@ LIMIT = 4.0
 HERE = "benchmarks.peak_memory"
 TOKENS = 64
 SMALL_BERT = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 512}
+SWEEP = {
+    "bert, half as deep": {"num_hidden_layers": 6},
+    "bert, half as wide": {"hidden_size": 384, "num_attention_heads": 6, "intermediate_size": 1536},
+}
 
 Check = Callable[[], float]
 
 
 def cases(options: Options) -> Iterator[Case]:
-    subjects = ("bert small", "resnet18") if options.quick else ("bert", "resnet152")
+    subjects = ("bert small", "resnet18") if options.quick else ("bert", *SWEEP, "resnet152")
     for subject in subjects:
         with torch.device("meta"):  # the sizes are enough here; only the child processes hold weights
             whole = models.size(build(subject, options.seed))
@@ -88,7 +92,7 @@ def freeze(subject: str, seed: int) -> Check:
 def build(subject: str, seed: int) -> nn.Module:
     if subject.startswith("resnet"):
         return models.resnet(subject, seed)
-    return models.bert(seed, **(SMALL_BERT if subject == "bert small" else {}))
+    return models.bert(seed, **SMALL_BERT if subject == "bert small" else SWEEP.get(subject, {}))
 
 
 def example(subject: str) -> dict[str, torch.Tensor]:
