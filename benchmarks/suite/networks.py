@@ -56,6 +56,8 @@ class Network:
         words: ids of integer inputs lie below it.
         features: of the bank of the Tversky head.
         calls: how many of the calibration inputs the thresholds are measured on.
+        large: it takes long to build.
+        single: a call is one row of everything.
         tolerance: of floats. Gates and Tversky heads compare with thresholds, and have their own.
     """
 
@@ -72,6 +74,8 @@ class Network:
     words: int = 0
     features: int = 1024
     calls: int = 2
+    large: bool = False
+    single: bool = False
     tolerance: float = 1e-4
 
     @functools.cached_property
@@ -170,7 +174,7 @@ def resnet(name: str, seed: int) -> Network:
     return Network(
         name.replace("resnet", "ResNet-"), functools.partial(torchvision, name, seed), {"x": (1, *IMAGE)}, draw,
         repeated(draw, 16), adapted=("layer*.*.conv*",), gated=("layer*.*.bn1",) + ("layer*.*.bn2",) * deep, fire=0.5,
-        head="fc", hidden=BOTTLENECK if deep else (BASIC,),
+        head="fc", hidden=BOTTLENECK if deep else (BASIC,), large=deep,
     )  # fmt: skip
 
 
@@ -197,7 +201,7 @@ def vit(name: str, timm: str, seed: int) -> Network:
     return Network(
         name, build, {"x": (1, *IMAGE)}, draw, repeated(draw, 8), adapted=("blocks.*.attn.qkv",),
         gated=("blocks.*.mlp.act",), fire=0.5, head="head",
-        hidden=(Hidden(("blocks.*.mlp.fc1",), "fc1", into=("fc2",)),),
+        hidden=(Hidden(("blocks.*.mlp.fc1",), "fc1", into=("fc2",)),), large=name == "ViT-base",
     )  # fmt: skip
 
 
@@ -254,6 +258,7 @@ def bert(seed: int, words: int = 30522, **config: Any) -> Network:
         adapted=(f"{layer}attention.self.query", f"{layer}attention.self.value"),
         gated=(f"{layer}intermediate.intermediate_act_fn",), fire=0.5, head="model.classifier",
         hidden=(Hidden((f"{layer}intermediate.dense",), "intermediate.dense", into=("output.dense",)),), words=words,
+        large=True,
     )  # fmt: skip
 
 
@@ -307,4 +312,5 @@ def gpt2(seed: int, decode: bool, words: int = 50257, layers: int = 12, heads: i
         f"GPT-2, {'decode' if decode else 'prefill'}", build, shapes, draw, repeated(draw, 32 if decode else 8),
         adapted=(f"{block}attn.c_attn",), gated=(f"{block}mlp.act",), fire=0.1 if decode else 0.5, head="model.lm_head",
         hidden=(Hidden((f"{block}mlp.c_fc",), "c_fc", into=("c_proj",)),), words=words, calls=32 if decode else 2,
+        large=True, single=decode,
     )  # fmt: skip
