@@ -96,8 +96,8 @@ PIPELINE: tuple[Pass, ...] = (
     Compact(),
     FactorizeLayers(),
     UnreadRows(),
-    # quantize: integers, or float8, for what is left, once its channels are alike; what has a budget last, for it counts
-    # the rest
+    # quantize: integers, or float8, for what is left, once its channels are alike; what has a budget last, for it
+    # counts the rest
     Equalize(),
     QuantizeStatic(),
     QuantizeProducts(),
