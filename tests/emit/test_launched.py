@@ -22,6 +22,7 @@ from fxfreeze.nn import TverskyProjection
 from fxfreeze.packed import executed as packed_executed
 from fxfreeze.packed import with_packed
 from fxfreeze.program import Program
+from fxfreeze.serialize import Interface
 
 WIDTH, INNER, ROWS = 64, 96, 50
 BOTH, ALONE = OPS["integer_linear"].op, OPS["quantized_linear"].op
@@ -207,6 +208,18 @@ def test_on_a_cpu_it_is_not_asked() -> None:
     plan = fz.Plan([fz.Input("x", ("batch", 5, WIDTH))], [fz.Quantize()], ())
     program = rewrite(Net().eval(), plan).program
     assert not has_launched(program) and not executed(program)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("step", ["dynamic", "int4-weight"])
+def test_a_compiler_takes_the_graph(step: str) -> None:
+    """With a dynamic batch; on a CPU the operators run as references, or C++."""
+    program = on_gpu(Net(), STEPS[step][0])
+    changed, x = with_launched(program), torch.randn(6, 5, WIDTH)
+    changed.inputs = tuple(replace(spec, device=torch.device("cpu")) for spec in changed.inputs)
+    runner = torch_compile.CompiledProgram(changed.graph_module(), Interface.of(changed))
+    for rows in (6, 3, 1):
+        torch.testing.assert_close(runner(x[:rows])[0], program.run(x[:rows])[0], rtol=1e-5, atol=2e-5)
 
 
 @pytest.mark.gpu
