@@ -63,7 +63,7 @@ def layer_case(size: Size, seed: int) -> Case:
     build = functools.cache(functools.partial(layer, size, seed))
     limit = LIMIT if size.is_limited else None
     frozen = Peer(
-        "torch.compile, freezing", lambda: torch.compile(copy.copy(build()), options={"freezing": True})
+        "torch.compile, freezing", lambda: models.compiled(copy.copy(build()))
     )  # neither may change the model of the others
     ours = (
         Peer(f"fxfreeze, {target}", functools.partial(frozen_layer, build, size, target), limit=limit)

@@ -145,5 +145,5 @@ class Peft:
 
     def compiled(self) -> Callable[..., Any]:
         merged = self.net().merge_and_unload().requires_grad_(False)
-        fast: Callable[..., Any] = torch.compile(merged, options={"freezing": True})
+        fast: Callable[..., Any] = models.compiled(merged)
         return fast

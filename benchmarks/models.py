@@ -90,6 +90,16 @@ def size(model: nn.Module) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 
+def compiled(module: nn.Module, freezing: bool = True) -> Any:
+    """torch.compile, with the weights frozen into the code or not.
+
+    The setting is the process's, which a peer has for itself. As an option of torch.compile alone, freezing is not seen
+    by dynamo, which passes the weights as inputs: a ResNet-18 then takes twice as long, and integers do not compile.
+    """
+    torch._inductor.config.freezing = freezing  # type: ignore[attr-defined]
+    return torch.compile(module)
+
+
 def need(package: str) -> Any:
     try:
         return importlib.import_module(package)

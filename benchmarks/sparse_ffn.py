@@ -114,7 +114,7 @@ def peers(build: Callable[[], nn.Module]) -> tuple[Peer, Peer]:
     """torch.compile, without freezing and with; neither may change the model of the others."""
     return (
         Peer("torch.compile", lambda: torch.compile(copy.copy(build()))),
-        Peer("torch.compile, freezing", lambda: torch.compile(copy.copy(build()), options={"freezing": True})),
+        Peer("torch.compile, freezing", lambda: models.compiled(copy.copy(build()))),
     )
 
 

@@ -65,8 +65,7 @@ def head_cases(size: Size, kind: tuple[str, str, str], seed: int, *, every: bool
     packaged = (
         Peer("tversky", build),
         Peer("tversky, torch.compile", lambda: torch.compile(copy.deepcopy(build()))),
-        Peer("tversky, torch.compile, freezing", lambda: torch.compile(copy.deepcopy(build()),
-                                                                     options={"freezing": True})),
+        Peer("tversky, torch.compile, freezing", lambda: models.compiled(copy.deepcopy(build()))),
     )  # fmt: skip
 
     def ours(limit: float) -> tuple[Peer, ...]:

@@ -59,6 +59,7 @@ class Network:
         large: it takes long to build.
         single: a call is one row of everything.
         tolerance: of floats. Gates and Tversky heads compare with thresholds, and have their own.
+        rounding: of 8 bits, in largest outputs: of what counts as a result at all.
     """
 
     name: str
@@ -77,6 +78,7 @@ class Network:
     large: bool = False
     single: bool = False
     tolerance: float = 1e-4
+    rounding: float = 0.25
 
     @functools.cached_property
     def model(self) -> nn.Module:
@@ -140,6 +142,10 @@ BASIC = Hidden(("layer*.*.conv1",), "conv1", ("bn1",), ("conv2",))
 BOTTLENECK = (BASIC, Hidden(("layer*.*.conv2",), "conv2", ("bn2",), ("conv3",)))
 
 
+DEEP = 0.4
+"""With random weights, ranges by min and max leave that little of 50 layers, whoever rounds."""
+
+
 def images(batch: int, *shape: int) -> Callable[[torch.Generator], Inputs]:
     return lambda generator: (torch.randn(batch, *shape, generator=generator),)
 
@@ -175,6 +181,7 @@ def resnet(name: str, seed: int) -> Network:
         name.replace("resnet", "ResNet-"), functools.partial(torchvision, name, seed), {"x": (1, *IMAGE)}, draw,
         repeated(draw, 16), adapted=("layer*.*.conv*",), gated=("layer*.*.bn1",) + ("layer*.*.bn2",) * deep, fire=0.5,
         head="fc", hidden=BOTTLENECK if deep else (BASIC,), large=deep,
+        rounding=DEEP if deep else 0.25,
     )  # fmt: skip
 
 
@@ -185,7 +192,7 @@ def mobilenet(seed: int) -> Network:
     return Network(
         "MobileNetV3", functools.partial(torchvision, "mobilenet_v3_large", seed), {"x": (1, *IMAGE)}, draw,
         repeated(draw, 16), adapted=expand, gated=blocks, fire=0.5, head="classifier.3",
-        hidden=(Hidden(expand, "0.0", ("0.1", "1.0", "1.1"), ("2.0", "3.0")),),
+        hidden=(Hidden(expand, "0.0", ("0.1", "1.0", "1.1"), ("2.0", "3.0")),), rounding=DEEP,
     )  # fmt: skip
 
 

@@ -83,15 +83,7 @@ def eager(build: Build, network: Network, variant: Variant) -> Call:
 
 
 def compiled(build: Build, network: Network, variant: Variant, freezing: bool) -> Call:
-    return inductor(build(network, variant), freezing)
-
-
-def inductor(module: nn.Module, freezing: bool) -> Call:
-    """Every peer has a process of its own, so a setting may stay. As an option of torch.compile alone, freezing is not
-    seen by dynamo, which passes the weights as inputs: torchao's integers then do not compile.
-    """
-    torch._inductor.config.freezing = freezing  # type: ignore[attr-defined]
-    fast: Call = torch.compile(module)
+    fast: Call = models.compiled(build(network, variant), freezing)
     return fast
 
 
@@ -221,7 +213,8 @@ def torchao(build: Build, network: Network, variant: Variant) -> Call:
         prepared = prepare_pt2e(program.module(), quantizer)
         for inputs in network.calibration():
             prepared(*inputs)
-        return inductor(convert_pt2e(prepared), freezing=True)
+        fast: Call = models.compiled(convert_pt2e(prepared))
+    return fast
 
 
 def fxfreeze(network: Network, variant: Variant, target: str) -> Call:

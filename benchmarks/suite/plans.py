@@ -26,10 +26,9 @@ from .networks import Hidden, Network
 RANK = 8
 MULTIPLE = 16
 """What the number of units that stay is rounded to: kernels work in blocks of as many channels."""
-INT8, COMPARED = 0.25, 2e-2
-"""Tolerances, in largest outputs. 8 bits: of what counts as a result at all. Thresholds: float32 may find a value on
-either side of one, and of the millions that are compared a few lie that close; one that is on the other side moves an
-output by about a thousandth."""
+COMPARED = 2e-2
+"""Tolerance of what thresholds decide, in largest outputs: float32 may find a value on either side of one, and of the
+millions that are compared a few lie that close; one that is on the other side moves an output by about a thousandth."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +44,7 @@ class Variant:
 
     def tolerance(self, network: Network) -> float:
         compared = COMPARED if self.gates or self.tversky else 0.0
-        return INT8 if self.int8 else max(network.tolerance, compared)
+        return network.rounding if self.int8 else max(network.tolerance, compared)
 
 
 BARE = Variant("bare")
