@@ -1270,11 +1270,6 @@ class Quantize(_Excluding):
             changed = getattr(self, key) != type(self).model_fields[key].default
             if changed and (self.scheme != "int8" or (self.mode == "dynamic" and key != "equalize")):
                 yield key, "has a meaning for scheme='int8'" + " and mode='static'" * (key != "equalize") + " only"
-        if self.products and self.budget is not None:
-            yield (
-                "budget",
-                "is of layers, and products=True quantizes more: name that in another step, without a budget",
-            )
         if self.calibrate != "percentile" and self.percentile != type(self).model_fields["percentile"].default:
             yield "percentile", "has a meaning with calibrate='percentile' only"
         if self.compensate and not self.scheme.endswith("-weight"):

@@ -51,10 +51,10 @@ from .prune.unread_rows import UnreadRows
 from .quantize.dynamic import QuantizeDynamic, QuantizeDynamicWithin
 from .quantize.equalize import Equalize
 from .quantize.float8 import QuantizeFloat8, QuantizeFloat8Within
-from .quantize.products import QuantizeProducts
+from .quantize.products import QuantizeProducts, QuantizeProductsWithin
 from .quantize.static import QuantizeStatic, QuantizeStaticWithin
 from .quantize.tied import MergeTied
-from .quantize.tversky import QuantizeTversky
+from .quantize.tversky import QuantizeTversky, QuantizeTverskyWithin
 from .quantize.weights import QuantizeWeights, QuantizeWeightsWithin
 
 PIPELINE: tuple[Pass, ...] = (
@@ -106,6 +106,8 @@ PIPELINE: tuple[Pass, ...] = (
     QuantizeFloat8(),
     QuantizeWeights(),
     QuantizeStaticWithin(),
+    QuantizeProductsWithin(),
+    QuantizeTverskyWithin(),
     QuantizeDynamicWithin(),
     QuantizeFloat8Within(),
     QuantizeWeightsWithin(),

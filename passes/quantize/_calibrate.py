@@ -88,10 +88,10 @@ def watched_run(program: Program, inputs: list[Tensor], look: Any) -> None:
 @torch.no_grad()
 def layer_run(
     program: Program, inputs: Sequence[Tensor], layers: Collection[Node],
-    act: Callable[[Node, Tensor, Callable[[], Tensor]], Tensor],
+    act: Callable[[Node, tuple[Any, ...], Callable[[], Tensor]], Tensor],
     after: Mapping[Node, Callable[[Tensor], Tensor]] | None = None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """Run `program` with `act`(node, input, compute) for the results of `layers`; `compute` gives the layer's own.
+    """Run `program` with `act`(node, args, compute) for the results of `layers`; `compute` gives the layer's own.
 
     Args:
         after: what is done to other values, and to results, before they are read.
@@ -101,12 +101,7 @@ def layer_run(
         def compute() -> Any:
             return node.target(*args, **kwargs)  # type: ignore[operator]
 
-        if node not in layers:
-            result = compute()
-        else:
-            operator = weight_operator(node)
-            assert isinstance(operator, WeightOperator)
-            result = act(node, args[node.args.index(operator.input)], compute)
+        result = act(node, args, compute) if node in layers else compute()
         return after[node](result) if after and node in after else result
 
     return program.execute(inputs, program.stored, call)

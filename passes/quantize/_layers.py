@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from itertools import islice
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -69,9 +70,10 @@ def corrected(program: Program, ctx: Context, layers: Iterable[Layer], batches: 
     sums = {node: torch.zeros(layer.site.operator.out_features, dtype=torch.float64) for node, layer in known.items()}
     counts = dict.fromkeys(known, 0)
 
-    def look(node: Node, value: Tensor, compute: Callable[[], Tensor]) -> Tensor:
-        result, kernel = compute(), known[node].site.operator.kernel
-        gap = (result.double() - known[node].result(value).double()).movedim(-1 - len(kernel), -1)
+    def look(node: Node, args: tuple[Any, ...], compute: Callable[[], Tensor]) -> Tensor:
+        result, site = compute(), known[node].site
+        kernel = site.operator.kernel
+        gap = (result.double() - known[node].result(*site.values(args)).double()).movedim(-1 - len(kernel), -1)
         sums[node] += gap.reshape(-1, gap.shape[-1]).sum(0).cpu()
         counts[node] += gap.numel() // gap.shape[-1]
         return result

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
 
 from torch import Tensor
 from torch.fx import Node
@@ -16,14 +17,14 @@ from fxfreeze.program import Program
 from fxfreeze.rewrite import Context
 from fxfreeze.sensitivity import SiteSensitivity
 
-from .._adapters import describe
 from .._measured import Tally, same_predictions
 from ._calibrate import layer_run
-from ._sites import Site
+from ._sites import Place
 
-Act = Callable[[Tensor], Tensor]
-"""A layer's result from its input in floats."""
-Beside = Callable[[Collection[Site]], Mapping[Node, Act]]
+Act = Callable[..., Tensor]
+"""A layer's result from its input in floats, or a product's from both sides."""
+P = TypeVar("P", bound=Place)
+Beside = Callable[[Collection[P]], Mapping[Node, Act]]
 _TIMINGS = 3
 
 
@@ -53,15 +54,15 @@ class _Effect:
         return min((tally.hits / tally.count for tally in self.outputs if tally.count), default=None)
 
 
-def measures(ctx: Context, sites: Iterable[Site]) -> bool:
+def measures(ctx: Context, sites: Iterable[Place]) -> bool:
     """Whether what quantizing each layer does is to be known."""
     return ctx.sensitivity or any(site.step.budget is not None for site in sites)
 
 
 def choose(
-    program: Program, ctx: Context, levels: Mapping[Site, Sequence[Level]], beside: Beside = lambda sites: {}
-) -> dict[Site, Level]:
-    """For every layer the level to run it at; layers that a budget keeps in floats are left out.
+    program: Program, ctx: Context, levels: Mapping[P, Sequence[Level]], beside: Beside[P] = lambda sites: {}
+) -> dict[P, Level]:
+    """For every layer (or head, or product) the level to run it at; layers that a budget keeps in floats are left out.
 
     Each layer's levels begin with the one that saves most. Without a budget that is the one. With a budget, layers go
     up one level at a time, first where that takes away most noise for what it costs, as often as it takes, and not
@@ -93,11 +94,11 @@ def choose(
     return chosen
 
 
-def layer_seconds(program: Program, ctx: Context, sites: Sequence[Site]) -> dict[Site, float]:
+def layer_seconds(program: Program, ctx: Context, sites: Sequence[P]) -> dict[P, float]:
     """How long each layer takes in floats on the first batch: the median of some calls."""
-    inputs, found = next(iter(ctx.calibration.of(program))), {site.operator.node: list[float]() for site in sites}
+    inputs, found = next(iter(ctx.calibration.of(program))), {site.node: list[float]() for site in sites}
 
-    def timed(node: Node, value: Tensor, compute: Callable[[], Tensor]) -> Tensor:
+    def timed(node: Node, args: tuple[Any, ...], compute: Callable[[], Tensor]) -> Tensor:
         started = time.perf_counter()
         result = compute()
         found[node].append(time.perf_counter() - started)
@@ -105,7 +106,7 @@ def layer_seconds(program: Program, ctx: Context, sites: Sequence[Site]) -> dict
 
     for _ in range(_TIMINGS):
         layer_run(program, inputs, found, timed)
-    return {site: sorted(found[site.operator.node])[_TIMINGS // 2] for site in sites}
+    return {site: sorted(found[site.node])[_TIMINGS // 2] for site in sites}
 
 
 def _limits(ctx: Context) -> list[tuple[str, float]]:
@@ -113,10 +114,10 @@ def _limits(ctx: Context) -> list[tuple[str, float]]:
     return [step.limit for step in ctx.plan.steps if isinstance(step, Quantize) and step.budget is not None]
 
 
-class _Trials:
+class _Trials(Generic[P]):
     """Runs a program with some layers on integers, and compares with its results in floats."""
 
-    def __init__(self, program: Program, ctx: Context, beside: Beside, others: Mapping[Site, Level]) -> None:
+    def __init__(self, program: Program, ctx: Context, beside: Beside[P], others: Mapping[P, Level]) -> None:
         """`others`: what is quantized besides, with no say in it here."""
         self.program, self.beside, self.others = program, beside, others
         scored = ctx.sensitivity or any(kind == "drop" for kind, _ in _limits(ctx))
@@ -126,27 +127,27 @@ class _Trials:
         self.now, self.truth = program.run(*self.inputs), ctx.floats.run(*self.inputs)
         self.score, self.score_now = self._scored(ctx.floats.run), self._scored(program.run)
 
-    def effect(self, site: Site, level: Level) -> _Effect:
+    def effect(self, site: P, level: Level) -> _Effect:
         own = Tally()
 
-        def act(node: Node, value: Tensor, compute: Callable[[], Tensor]) -> Tensor:
-            result = level.act(value)
+        def act(node: Node, args: tuple[Any, ...], compute: Callable[[], Tensor]) -> Tensor:
+            result = level.act(*site.values(args))
             own.add(result, compute(), result.new_empty(0))
             return result
 
-        outputs = layer_run(self.program, self.inputs, {site.operator.node}, act, self.beside([site]))
+        outputs = layer_run(self.program, self.inputs, {site.node}, act, self.beside([site]))
         return _Effect(own, self._compared(outputs, self.now), self._drop({site: level}, self.score_now))
 
-    def noise(self, levels: Mapping[Site, Level]) -> float:
+    def noise(self, levels: Mapping[P, Level]) -> float:
         """Of the outputs with all of `levels` and all others: power of the gap over power of the signal, the worst."""
         outputs = self._run({**self.others, **levels}, self.inputs)
         return max(map(_ratio, self._compared(outputs, self.truth)), default=0.0)
 
-    def drop(self, levels: Mapping[Site, Level]) -> float | None:
+    def drop(self, levels: Mapping[P, Level]) -> float | None:
         """By how much the score falls with all of `levels` and all others."""
         return self._drop({**self.others, **levels}, self.score)
 
-    def _drop(self, levels: Mapping[Site, Level], score: float | None) -> float | None:
+    def _drop(self, levels: Mapping[P, Level], score: float | None) -> float | None:
         found = self._scored(lambda *inputs: self._run(levels, inputs))
         return None if found is None or score is None else score - found
 
@@ -158,10 +159,14 @@ class _Trials:
             raise PlanError("the score is NaN", where="evaluate", hint="return a number; higher is better")
         return found
 
-    def _run(self, levels: Mapping[Site, Level], inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        acts = {site.operator.node: level.act for site, level in levels.items()}
-        return layer_run(self.program, inputs, acts, lambda node, value, compute: acts[node](value),
-                         self.beside(levels))  # fmt: skip
+    def _run(self, levels: Mapping[P, Level], inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        sites = {site.node: site for site in levels}
+
+        def act(node: Node, args: tuple[Any, ...], compute: Callable[[], Tensor]) -> Tensor:
+            site = sites[node]
+            return levels[site].act(*site.values(args))
+
+        return layer_run(self.program, inputs, sites, act, self.beside(levels))
 
     def _compared(self, outputs: Sequence[Tensor], truth: Sequence[Tensor]) -> list[Tally]:
         tallies = []
@@ -171,16 +176,14 @@ class _Trials:
         return tallies
 
 
-_Effects = Mapping[tuple[Site, str], _Effect]
-
-
 def _within(
-    ctx: Context, trials: _Trials, step: Quantize, levels: Mapping[Site, Sequence[Level]], effects: _Effects
-) -> dict[Site, Level]:
+    ctx: Context, trials: _Trials[P], step: Quantize, levels: Mapping[P, Sequence[Level]],
+    effects: Mapping[tuple[P, str], _Effect],
+) -> dict[P, Level]:  # fmt: skip
     """The levels that keep the step's budget, with as few steps up as that takes; a row for every layer in floats."""
     moves = _moves(levels, effects)
 
-    def after(count: int) -> dict[Site, Level]:
+    def after(count: int) -> dict[P, Level]:
         ups = {site: moves[:count].count(site) for site in levels}
         return {site: options[ups[site]] for site, options in levels.items() if ups[site] < len(options)}
 
@@ -201,15 +204,15 @@ def _within(
     for site in levels:
         if site not in found:
             ctx.ledger.add(
-                site=site.path, step=step.name, requested=describe(step), outcome="skipped", executes="floats",
+                site=site.path, step=step.name, requested=site.requested, outcome="skipped", executes="floats",
                 detail=f"kept in floats for the budget {step.budget!r}",
             )  # fmt: skip
     return found
 
 
-def _moves(levels: Mapping[Site, Sequence[Level]], effects: _Effects) -> list[Site]:
+def _moves(levels: Mapping[P, Sequence[Level]], effects: Mapping[tuple[P, str], _Effect]) -> list[P]:
     """Sites in the order in which they go up one level each: most noise for what it costs first."""
-    moves: list[tuple[float, Site]] = []
+    moves: list[tuple[float, P]] = []
     for site, options in levels.items():
         noises = [*(effects[site, level.scheme].noise for level in options), 0.0]
         saved = [*(level.saves for level in options), 0.0]
@@ -223,8 +226,9 @@ def _moves(levels: Mapping[Site, Sequence[Level]], effects: _Effects) -> list[Si
 
 
 def _record(
-    ctx: Context, levels: Mapping[Site, Sequence[Level]], effects: _Effects, chosen: Mapping[Site, Level]
-) -> None:
+    ctx: Context, levels: Mapping[P, Sequence[Level]], effects: Mapping[tuple[P, str], _Effect],
+    chosen: Mapping[P, Level],
+) -> None:  # fmt: skip
     total = sum(options[0].saves for options in levels.values()) or 1.0
     for (site, scheme), effect in effects.items():
         level = next(level for level in levels[site] if level.scheme == scheme)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch.fx import Node
 
@@ -20,31 +21,87 @@ from .._operators import WeightOperator, arguments, constant_problem, weight_ope
 
 
 @dataclass(frozen=True)
-class Site:
-    """A layer, and the step that quantizes it."""
+class Place:
+    """What a step quantizes: the module, and the call."""
 
     path: str
     step: Quantize
-    operator: WeightOperator
+
+    @property
+    def requested(self) -> str:
+        return describe(self.step)
+
+    @property
+    def node(self) -> Node:
+        raise NotImplementedError
+
+    @property
+    def read(self) -> tuple[Node, ...]:
+        """The values that become integers for it; positional arguments of the call."""
+        raise NotImplementedError
+
+    def values(self, args: Sequence[Any]) -> list[Any]:
+        """Of the call's positional arguments those that become integers."""
+        return [args[self.node.args.index(value)] for value in self.read]
 
 
 @dataclass(frozen=True)
-class Head:
+class Site(Place):
+    """A layer, and the step that quantizes it."""
+
+    operator: WeightOperator
+
+    @property
+    def node(self) -> Node:
+        return self.operator.node
+
+    @property
+    def read(self) -> tuple[Node, ...]:
+        return (self.operator.input,)
+
+
+@dataclass(frozen=True)
+class _Called(Place):
+    call: Node
+
+    @property
+    def node(self) -> Node:
+        return self.call
+
+
+@dataclass(frozen=True)
+class Head(_Called):
     """A Tversky similarity, and the step that wants it on integers."""
 
-    path: str
-    step: Quantize
-    node: Node
+    @property
+    def read(self) -> tuple[Node, ...]:
+        return (arguments(self.call)["a"],)
+
+
+@dataclass(frozen=True)
+class Product(_Called):
+    """A product of two computed values, and the step that wants it on integers."""
+
+    @property
+    def requested(self) -> str:
+        """With the call, for a module may have several."""
+        return f"{describe(self.step)}, product {self.call.name}"
+
+    @property
+    def read(self) -> tuple[Node, ...]:
+        return self.call.args[:2]  # type: ignore[return-value]
 
 
 def has_budget(step: Quantize) -> bool:
     return step.budget is not None
 
 
-def integer_heads(program: Program, ctx: Context, problem: Callable[[Head], str | None]) -> list[Head]:
+def integer_heads(
+    program: Program, ctx: Context, wanted: Callable[[Quantize], bool], problem: Callable[[Head], str | None]
+) -> list[Head]:
     """The Tversky heads that steps want on integers; of what `problem` refuses, a row in the ledger says why."""
-    wanted = {node: integer_step(program, node, ctx.plan.steps) for node in _similarities(program)}
-    heads = [Head(program.module_path(node), step, node) for node, step in wanted.items() if step is not None]
+    steps = {node: integer_step(program, node, ctx.plan.steps) for node in _similarities(program)}
+    heads = [Head(program.module_path(node), step, node) for node, step in steps.items() if step and wanted(step)]
     return [head for head in heads if not _refused(ctx, head, problem(head))]
 
 
@@ -71,7 +128,7 @@ def quantized_sites(
             continue
         check_excluded(program, step, index)
         paths = {path for path in match_sites(program, step, index) if addresses(step, path)}
-        found = False
+        found = step.products  # of which the ledger says whether there are any
         for node, path in offered.items():
             operator = weight_operator(node)
             if path not in paths or not isinstance(operator, WeightOperator):

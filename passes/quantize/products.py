@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -19,7 +20,9 @@ from .._adapters import addresses, describe
 from .._measured import Tally, constant_cone, measure_outputs
 from .._operators import arguments, aten
 from ._activations import Scale, add_scale, quantized, scale_of
-from ._calibrate import observe, watched_run
+from ._calibrate import layer_run, observe
+from ._sensitivity import Level, choose, layer_seconds, measures
+from ._sites import Product, has_budget
 
 ATTENTION = aten.scaled_dot_product_attention.default
 PRODUCTS = (aten.matmul.default, aten.bmm.default)
@@ -33,44 +36,49 @@ class QuantizeProducts(Pass):
     """
 
     name, stage, exact = "quantize_products", "quantize", False
+    within_budget: ClassVar[bool] = False
+    """Whether it is for steps with a budget."""
 
     def run(self, program: Program, ctx: Context) -> int:
         steps = [step for step in ctx.plan.steps if isinstance(step, Quantize) and step.products]
-        if not steps:
+        own = [step for step in steps if has_budget(step) == self.within_budget]
+        if not own:
             return 0
-        before = program.clone()
+        before, whole = program.clone(), list[_Whole]()
         for node in [node for node in program.graph.nodes if node.target is ATTENTION]:
-            if step := _step(program, steps, node):
-                self._write_out(program, ctx, step, node)
-        found = {
-            node: step for node in program.graph.nodes if _computed(node) and (step := _step(program, steps, node))
-        }
-        for step in steps:
-            if step not in found.values():
-                ctx.ledger.add(
-                    site="", step=step.name, requested=f"{describe(step)}, products", outcome="skipped",
-                    detail="none of the modules that it names multiplies two values that are both computed",
-                )  # fmt: skip
-        if not found:
-            return 0
-        sides = {side: step for node, step in found.items() for side in node.args[:2]}
-        seen = observe(program, ctx, {side: step.calibrate for side, step in sides.items()})  # type: ignore[misc]
-        scales = {side: scale_of(seen.observers[side].range(step.percentile), side.meta["val"].dtype)  # type: ignore[index, union-attr]
+            if (step := _step(program, steps, node)) in own:
+                whole += self._write_out(program, ctx, step, node)
+        found = [
+            Product(program.module_path(node), step, node)
+            for node in program.graph.nodes if _computed(node) and (step := _step(program, steps, node)) in own
+        ]  # fmt: skip
+        self._skip(ctx, [step for step in own if step not in {product.step for product in found}])
+        sides = {side: product.step for product in found for side in product.read}
+        seen = observe(program, ctx, {side: step.calibrate for side, step in sides.items()})
+        scales = {side: scale_of(seen.observers[side].range(step.percentile), side.meta["val"].dtype)
                   for side, step in sides.items()}  # fmt: skip
-        noise = _noise(program, ctx, found, scales)
-        for side, scale in scales.items():
-            add_scale(program, side, scale, found.keys() & side.users.keys())  # type: ignore[union-attr]
-        for node, step in found.items():
-            path = program.module_path(node)
-            node.meta[INTEGERS] = IntegerSite(path, step.name, product=True)
+        kept = _kept(program, ctx, found, scales)
+        noise = _noise(program, ctx, kept, scales)
+        for product in kept:
             ctx.ledger.add(
-                site=path, step=step.name, requested=f"{describe(step)}, products", outcome="rewritten",
-                executes="uint8 on both sides", detail=f"{noise[node].words} of its result; {seen.basis(ctx)}",
+                site=product.path, step=product.step.name, requested=product.requested,
+                outcome="rewritten", executes="uint8 on both sides",
+                detail=f"{noise[product.node].words} of its result; {seen.basis(ctx)}",
             )  # fmt: skip
-        measure_outputs(ctx, program, before, "int8 products")
-        return len(found)
+        _rewrite(program, kept, scales)
+        _restore(program, whole, kept)
+        if kept:
+            measure_outputs(ctx, program, before, "int8 products")
+        return len(kept)
 
-    def _write_out(self, program: Program, ctx: Context, step: Quantize, node: Node) -> None:
+    def _skip(self, ctx: Context, steps: Iterable[Quantize]) -> None:
+        for step in steps:
+            ctx.ledger.add(
+                site="", step=step.name, requested=f"{describe(step)}, products", outcome="skipped",
+                detail="none of the modules that it names multiplies two values that are both computed",
+            )  # fmt: skip
+
+    def _write_out(self, program: Program, ctx: Context, step: Quantize, node: Node) -> list[_Whole]:
         given = arguments(node)
         constant = any(constant_cone(given[name]) is not None for name in ("query", "key", "value"))
         if given["dropout_p"] or given["enable_gqa"] or constant:
@@ -79,10 +87,71 @@ class QuantizeProducts(Pass):
                 outcome="refused", detail="queries, keys or values are constants" if constant
                 else "attention with dropout, or with fewer heads of keys than of queries",
             )  # fmt: skip
-            return
+            return []
         operands = [given[name] for name in ("query", "key", "value", "attn_mask") if given[name] is not None]
-        program.replace(node, inline(program, _attention(given), *operands, before=node, like=node))
+        known, call = set(program.graph.nodes), (node.target, node.args, dict(node.kwargs))
+        result = inline(program, _attention(given), *operands, before=node, like=node)
+        program.replace(node, result)
         program.sweep()
+        made = frozenset(node for node in program.graph.nodes if node not in known and node.target in PRODUCTS)
+        return [_Whole(result, made, *call)]
+
+
+class QuantizeProductsWithin(QuantizeProducts):
+    """As `quantize_products`, with a budget: behind what has none, so that the budget counts that, too."""
+
+    name, within_budget = "quantize_products_within", True
+
+
+@dataclass(frozen=True)
+class _Whole:
+    """Attention that was written out: its result, its products, and the call that it was."""
+
+    result: Node
+    products: frozenset[Node]
+    target: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+def _restore(program: Program, whole: Iterable[_Whole], kept: Iterable[Product]) -> None:
+    """Put attention back that has no product on integers."""
+    products = {product.node for product in kept}
+    for was in whole:
+        if was.products.isdisjoint(products):
+            call = program.call(was.target, *was.args, before=was.result, like=was.result, **was.kwargs)
+            program.replace(was.result, call)
+    program.sweep()
+
+
+def _kept(program: Program, ctx: Context, found: Sequence[Product], scales: Mapping[Node, Scale]) -> list[Product]:
+    """The products that budgets leave to integers."""
+    if not measures(ctx, found):
+        return list(found)
+
+    def level(product: Product, seconds: float) -> Level:
+        def act(*values: Tensor) -> Tensor:
+            return _computed_from(product, values, scales)
+
+        return Level(product.step.scheme, act, seconds)
+
+    seconds = layer_seconds(program, ctx, found)
+    return list(choose(program, ctx, {product: [level(product, seconds[product])] for product in found}))
+
+
+def _computed_from(product: Product, values: Iterable[Tensor], scales: Mapping[Node, Scale]) -> Tensor:
+    """The product of both sides as integers have them."""
+    return torch.matmul(*(quantized(value, scales[side]) for side, value in zip(product.read, values, strict=True)))
+
+
+def _rewrite(program: Program, kept: Sequence[Product], scales: Mapping[Node, Scale]) -> None:
+    readers: dict[Node, list[Node]] = {}
+    for product in kept:
+        product.node.meta[INTEGERS] = IntegerSite(product.path, product.step.name, product=True)
+        for side in dict.fromkeys(product.read):
+            readers.setdefault(side, []).append(product.node)
+    for side, nodes in readers.items():
+        add_scale(program, side, scales[side], nodes)
 
 
 def _attention(given: dict[str, Any]) -> Callable[..., Tensor]:
@@ -121,17 +190,16 @@ def _computed(node: Node) -> bool:
     )  # fmt: skip
 
 
-def _noise(program: Program, ctx: Context, found: dict[Node, Quantize], scales: dict[Any, Scale]) -> dict[Node, Tally]:
+@torch.no_grad()
+def _noise(program: Program, ctx: Context, kept: Iterable[Product], scales: Mapping[Node, Scale]) -> dict[Node, Tally]:
     """What integers change in each product, from float sides, on one batch."""
-    tallies, held = {node: Tally() for node in found}, dict[Node, Tensor]()
+    by_node = {product.node: product for product in kept}
+    tallies = {node: Tally() for node in by_node}
 
-    def look(node: Node, value: Tensor) -> None:
-        if node in scales:
-            held[node] = quantized(value, scales[node])
-        if node in tallies:
-            left, right = (held[side] for side in node.args[:2])  # type: ignore[index]
-            tallies[node].add(torch.matmul(left, right), value, value.new_empty(0))
+    def look(node: Node, args: tuple[Any, ...], compute: Callable[[], Tensor]) -> Tensor:
+        result, product = compute(), by_node[node]
+        tallies[node].add(_computed_from(product, product.values(args), scales), result, result.new_empty(0))
+        return result
 
-    with torch.no_grad():
-        watched_run(program, next(iter(ctx.calibration.of(program))), look)
+    layer_run(program, next(iter(ctx.calibration.of(program))), by_node, look)
     return tallies

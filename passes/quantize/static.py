@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
 from torch.fx import Node
@@ -134,7 +134,7 @@ def _result(node: Node) -> Node:
     return users[0] if len(users) == 1 and users[0].target in _RECTIFIERS else node
 
 
-def _kept(program: Program, ctx: Context, layers: Sequence[Layer], beside: Beside) -> list[Layer]:
+def _kept(program: Program, ctx: Context, layers: Sequence[Layer], beside: Beside[Site]) -> list[Layer]:
     """The layers that budgets leave to integers."""
     sites = [layer.site for layer in layers]
     seconds = layer_seconds(program, ctx, sites) if measures(ctx, sites) else dict.fromkeys(sites, 0.0)
@@ -149,9 +149,9 @@ def _noise(program: Program, ctx: Context, layers: Iterable[Layer]) -> dict[Node
     by_node = {layer.site.operator.node: layer for layer in layers}
     tallies = {node: Tally() for node in by_node}
 
-    def look(node: Node, value: Tensor, compute: Callable[[], Tensor]) -> Tensor:
-        result = compute()
-        tallies[node].add(by_node[node].result(value), result, value.new_empty(0))
+    def look(node: Node, args: tuple[Any, ...], compute: Callable[[], Tensor]) -> Tensor:
+        result, layer = compute(), by_node[node]
+        tallies[node].add(layer.result(*layer.site.values(args)), result, result.new_empty(0))
         return result
 
     layer_run(program, next(iter(ctx.calibration.of(program))), by_node, look)

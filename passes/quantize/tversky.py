@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -23,7 +25,8 @@ from .._adapters import describe
 from .._measured import Tally, measure_outputs
 from .._operators import arguments
 from ._calibrate import Seen, observe, watched_run
-from ._sites import Head, integer_heads
+from ._sensitivity import Level, choose, layer_seconds, measures
+from ._sites import Head, has_budget, integer_heads
 
 _KINDS = ("model", "intersection", "difference", "semantics")
 _WEIGHTS = ("theta", "alpha", "beta")
@@ -42,19 +45,32 @@ class QuantizeTversky(Pass):
     """
 
     name, stage, exact = "quantize_tversky", "quantize", False
+    within_budget: ClassVar[bool] = False
+    """Whether it is for steps with a budget."""
 
     def run(self, program: Program, ctx: Context) -> int:
-        heads = integer_heads(program, ctx, lambda head: _problem(program, head, ctx.plan.targets))
+        heads = integer_heads(program, ctx, lambda step: has_budget(step) == self.within_budget,
+                              lambda head: _problem(program, head, ctx.plan.targets))  # fmt: skip
         if not heads:
             return 0
         before = program.clone()
         seen = observe(program, ctx, {_read(head.node, "a"): head.step.calibrate for head in heads})
-        for head, found in zip(heads, _tried(program, ctx, heads, seen), strict=True):
-            grid = min(found, key=lambda grid: found[grid].gap)
-            _report(program, ctx, head, grid, found[grid], seen)
+        tried = dict(zip(heads, _tried(program, ctx, heads, seen), strict=True))
+        grids = {head: min(found, key=lambda grid: found[grid].gap) for head, found in tried.items()}
+        kept = _kept(program, ctx, grids)
+        for head in kept:
+            grid = grids[head]
+            _report(program, ctx, head, grid, tried[head][grid], seen)
             _rewrite(program, head, grid)
-        measure_outputs(ctx, program, before, "Tversky heads on integers")
-        return len(heads)
+        if kept:
+            measure_outputs(ctx, program, before, "Tversky heads on integers")
+        return len(kept)
+
+
+class QuantizeTverskyWithin(QuantizeTversky):
+    """As `quantize_tversky`, with a budget: behind what has none, so that the budget counts that, too."""
+
+    name, within_budget = "quantize_tversky_within", True
 
 
 @dataclass(frozen=True)
@@ -85,8 +101,6 @@ def codes(measures: Tensor, step: Tensor, zero: Tensor, threshold: float) -> Ten
 def _problem(program: Program, head: Head, targets: Sequence[str]) -> str | None:
     if head.node.target is not FROZEN.op:
         return "its bank and prototypes were not folded into constant measures"
-    if head.step.budget is not None:
-        return "a budget chooses among layers; name the head in a step of its own, without one"
     how, measures = _combination(head.node), _read(head.node, "measures").meta["val"]
     if measures.device.type != "cpu" and (reason := _gpu_problem(how, measures, targets)):
         return reason
@@ -106,6 +120,18 @@ def _gpu_problem(how: Combination, measures: Tensor, targets: Sequence[str]) -> 
     if "min" in how.terms and measures.shape[0] > MAX_MINIMA:
         return f"the kernel for GPUs sums minima of up to {MAX_MINIMA} features"
     return None
+
+
+def _kept(program: Program, ctx: Context, grids: Mapping[Head, Grid]) -> list[Head]:
+    """The heads that budgets leave to integers."""
+    if not measures(ctx, grids):
+        return list(grids)
+    seconds = layer_seconds(program, ctx, list(grids))
+    levels = {
+        head: [Level(head.step.scheme, partial(_computed, program, head.node, grid), seconds[head])]
+        for head, grid in grids.items()
+    }
+    return list(choose(program, ctx, levels))
 
 
 def _read(head: Node, name: str) -> Node:

@@ -133,5 +133,38 @@ def test_torch_has_no_kernel_for_them() -> None:
 def test_only_static_int8_has_products(step: dict[str, Any]) -> None:
     with pytest.raises(PlanError, match="products"):
         fz.Quantize(products=True, **step)
-    with pytest.raises(PlanError, match="budget: is of layers"):
-        fz.Quantize(products=True, budget="snr:20")
+
+
+def snr(found: Compilation, model: nn.Module) -> float:
+    x = batches()[0]
+    want = model(x)
+    return float(20 * (want.norm() / (found.program.run(x)[0] - want).norm()).log10().detach())
+
+
+def kept(found: Compilation) -> list[str]:
+    return [row.site for row in found.ledger if row.detail.startswith("kept in floats for the budget")]
+
+
+@pytest.mark.parametrize("form", ["masked", "written out"])
+def test_a_budget_puts_products_back(form: str) -> None:
+    """Layers have no say in it: they are left out."""
+    step = {"exclude": ["inner", "out"]}
+    (whole, model), (floats, _) = done(form, **step), done(form, **step, budget="snr:300")
+    assert kept(floats) == ["", ""] and floats.program.structural_hash() == exported(form).structural_hash()
+    some, _ = done(form, **step, budget=f"snr:{snr(whole, model) + 1:.2f}")
+    assert len(kept(some)) == 1 and snr(some, model) >= snr(whole, model) + 1
+    assert sum(node.target is QUANTIZE.op for node in some.program.graph.nodes) == 2
+    all_, _ = done(form, **step, budget=f"snr:{snr(whole, model) - 1:.2f}")
+    assert not kept(all_) and all_.program.structural_hash() == whole.program.structural_hash()
+
+
+def exported(form: str) -> Any:
+    torch.manual_seed(0)
+    bare = fz.Plan([fz.Input("x", ("batch", LENGTH, WIDTH))], [], ())
+    return rewrite(Attention(form).eval(), bare).program
+
+
+def test_products_have_sensitivities() -> None:
+    torch.manual_seed(0)
+    rows = fz.sensitivity(Attention("plain").eval(), plan(), calibration=batches())
+    assert sorted(row.site for row in rows) == ["", "", "inner", "out"]

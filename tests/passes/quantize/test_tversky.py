@@ -288,6 +288,30 @@ def test_a_head_whose_prototypes_are_computed_is_refused() -> None:
     assert row.site == "inner"
 
 
+def test_a_budget_puts_a_head_back() -> None:
+    net, x = Net(**MINIMA), batches()[0]
+
+    def snr(done: Compilation) -> float:
+        want = net(x)
+        return float(20 * (want.norm() / (done.program.run(x)[0] - want).norm()).log10().detach())
+
+    whole = compiled(net, fz.Quantize("head"))
+    kept = compiled(net, fz.Quantize("head", budget=f"snr:{snr(whole) - 1:.2f}"))
+    assert called(kept, INTEGER) and snr(kept) == snr(whole)
+    back = compiled(net, fz.Quantize("head", budget=f"snr:{snr(whole) + 1:.2f}"))
+    assert called(back, FROZEN) and not called(back, INTEGER)
+    (row,) = [row for row in back.ledger if row.detail.startswith("kept in floats for the budget")]
+    assert (row.site, row.executes) == ("head", "floats")
+
+
+def test_a_head_has_a_sensitivity() -> None:
+    net, x = Net(**MINIMA), batches()[0]
+    rows = fz.sensitivity(net.eval(), plan(fz.Quantize("head")), calibration=batches())
+    (row,) = rows
+    want, (found,) = net(x), compiled(net, fz.Quantize("head")).program.run(x)
+    assert row.output_snr == pytest.approx(float(20 * (want.norm() / (found - want).norm()).log10().detach()), abs=0.01)
+
+
 @pytest.mark.parametrize(
     "steps",
     [
