@@ -2,8 +2,8 @@
 
 ONNX Runtime 1.32 has the same kernel for DequantizeLinear and MatMul, but then without the bias: that is an addition of
 its own, or one operator with the Gelu behind it, which takes longer than Gelu does. For a Gemm it has QGemm, which
-writes the bias first, and then adds to it; and a ReLU behind a Gemm would be one operator with it, in floats. With one
-thread and a layer of 256 inputs and 1024 outputs, 1024 rows, and Gelu: 2.1 ms as MatMul, 1.8 as Gemm, 1.4 like this.
+writes the bias first, and then adds to it; and a ReLU behind a Gemm would be one operator with it, in floats. The nodes
+of a transformer, four layers of width 256 with Gelu, 1024 rows, one thread: 26.3 ms as MatMul, 25.6 as Gemm, 23.6 so.
 """
 
 from __future__ import annotations
