@@ -21,6 +21,8 @@ class InsertTaps(Pass):
     name, stage, exact = "insert-taps", "adapt", False
 
     def run(self, program: Program, ctx: Context) -> int:
+        if not any(isinstance(step, Tap) for step in ctx.plan.steps):
+            return 0
         found: dict[str, Node] = {}
         offers = find_results(program)
         for index, step in enumerate(ctx.plan.steps):

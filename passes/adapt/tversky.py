@@ -12,11 +12,11 @@ from torch.fx import Node
 from fxfreeze.errors import PlanError
 from fxfreeze.kernels.tversky import KERNEL
 from fxfreeze.nn.tversky import TverskyProjection
-from fxfreeze.plan import Quantize, Tversky
+from fxfreeze.plan import Prune, Quantize, Tversky
 from fxfreeze.program import Origin, Program
 from fxfreeze.rewrite import Context, Pass, match_sites
 
-from .._adapters import HEAD, describe, parameter_name
+from .._adapters import HEAD, addresses, describe, parameter_name
 from .._operators import WeightOperator, apply, aten, weight_operator
 from ._parameters import Parameter, Source, parameter_dtype
 from ._sites import Sites, find_sites, resolve
@@ -69,7 +69,9 @@ def _keep_linear(sites: Sites) -> None:
 def _refuse_others(program: Program, ctx: Context, step: Tversky, path: str) -> None:
     """Raises PlanError: another step adapts the layer that `step` removes. Quantizing is later, and meets the head."""
     for index, other in enumerate(ctx.plan.steps):
-        if other is not step and not isinstance(other, Quantize) and path in match_sites(program, other, index):
+        if other is step or isinstance(other, Quantize) or path not in match_sites(program, other, index):
+            continue
+        if not isinstance(other, Prune) or addresses(other, path):  # one that excludes the layer does not
             raise PlanError(
                 f"steps {step.name!r} and {other.name!r} both address {path}, but {step.name!r} takes the layer away",
                 where=path, hint=f"leave {path} out of the patterns of {other.name!r}",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -171,8 +171,9 @@ def _noise(program: Program, ctx: Context, layers: Iterable[Layer]) -> Mapping[N
     by_node = {layer.site.operator.node: layer for layer in layers}
     tallies = {node: Tally() for node in by_node}
 
-    def look(node: Node, value: Tensor, compute: Callable[[], Tensor]) -> Tensor:
+    def look(node: Node, args: tuple[Any, ...], compute: Callable[[], Tensor]) -> Tensor:
         result, layer = compute(), by_node[node]
+        (value,) = layer.site.values(args)
         limit = None if layer.x_scale is None else FLOAT8_LIMIT * layer.x_scale
         tallies[node].add(layer.result(value), result, value.new_empty(0) if limit is None else value.abs() > limit)
         return result

@@ -131,6 +131,14 @@ def test_another_step_on_the_layer_that_goes_is_refused() -> None:
         fz.adapt(network(), plan)
 
 
+def test_a_mask_goes_with_a_head_on_a_layer_that_it_excludes() -> None:
+    mask = fz.Prune(at="*", method="magnitude", density=0.5, exclude="2")
+    net = fz.adapt(network(), fz.Plan(INPUT, [mask, fz.Tversky(at="2")]))
+    assert operators(net).count(OPERATOR) == 1
+    with pytest.raises(fz.PlanError, match="'tversky' and 'prune' both address 2"):
+        fz.adapt(network(), fz.Plan(INPUT, [mask.model_copy(update={"exclude": "0"}), fz.Tversky(at="2")]))
+
+
 def test_a_layer_whose_outputs_are_all_alike_cannot_be_started_from() -> None:
     model = network()
     nn.init.ones_(model[2].weight)
