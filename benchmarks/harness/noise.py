@@ -68,7 +68,8 @@ class NoiseMeter:
         steal = others = None
         if self.start is not None and end is not None:
             steal, others = compare(self.start, end)
-        noisy = reasons(self.load, steal, others)
+        # What was prepared just now is in the load average, too: it counts where nothing else is known.
+        noisy = reasons(self.load if others is None else None, steal, others)
         return {
             "load_before": self.load,
             "load_after": load_average(),
