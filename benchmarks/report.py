@@ -74,6 +74,7 @@ def side_by_side(rows: Sequence[Row]) -> str:
         f"{count} {word}{'' if count == 1 else 'es' if word == 'loss' else 's'}" for word, count in counts.items()
     )
     parts = [
+        f"`{rows[0]['command']}`\n",
         f"{table.heading(rows[0])}\n",
         f"{len(found)} cases: {told}. Geometric mean of the best peer's time over ours: "
         f"**{geometric_mean(speeds):.2f}**.\n",
