@@ -23,7 +23,7 @@ from fxfreeze.rewrite import Context, Pass
 from .._adapters import describe
 from .._measured import Tally, measure_outputs
 from ._calibrate import Seen, layer_run, observe
-from ._sensitivity import Level, choose, layer_seconds, measures
+from ._sensitivity import kept
 from ._sites import Site, has_budget, quantized_sites
 from ._weights import stored_weight
 
@@ -53,10 +53,6 @@ class Layer:
         values = QUANTIZE.reference(weight, scale.double().unsqueeze(1))
         return cls(site, values, scale, program.constant(operator.bias), x_scale)
 
-    def floats(self) -> Tensor:
-        """What the weight stands for, float64 [out, in]."""
-        return self.weight.double() * self.scale.double().unsqueeze(1)
-
     def result(self, value: Tensor) -> Tensor:
         """What float8 makes of the layer's input."""
         dtype = self.site.operator.weight.meta["val"].dtype
@@ -84,7 +80,9 @@ class QuantizeFloat8(Pass):
         if not sites:
             return 0
         before, seen = program.clone(), _observed(program, ctx, sites)
-        layers = _kept(program, ctx, [Layer.of(program, site, seen) for site in sites])
+        layers = [Layer.of(program, site, seen) for site in sites]
+        chosen = kept(program, ctx, {layer.site: layer.result for layer in layers})
+        layers = [layer for layer in layers if layer.site in chosen]
         noise = _noise(program, ctx, layers)
         inputs: dict[tuple[Node, Quantize], tuple[Node, Node]] = {}
         for layer in layers:
@@ -152,18 +150,6 @@ def _check_named(refused: Iterable[tuple[Site, str]], sites: Sequence[Site]) -> 
 def _observed(program: Program, ctx: Context, sites: Iterable[Site]) -> Seen | None:
     wanted = {site.operator.input: site.step.calibrate for site in sites if site.step.mode == "static"}
     return observe(program, ctx, wanted) if wanted else None
-
-
-def _kept(program: Program, ctx: Context, layers: Sequence[Layer]) -> list[Layer]:
-    """The layers that budgets leave to float8."""
-    sites = [layer.site for layer in layers]
-    if not measures(ctx, sites):
-        return list(layers)
-    seconds = layer_seconds(program, ctx, sites)
-    chosen = choose(program, ctx, {
-        layer.site: [Level(layer.site.step.scheme, layer.result, seconds[layer.site])] for layer in layers
-    })  # fmt: skip
-    return [layer for layer in layers if layer.site in chosen]
 
 
 def _noise(program: Program, ctx: Context, layers: Iterable[Layer]) -> Mapping[Node, Tally]:

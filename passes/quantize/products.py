@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -21,7 +22,7 @@ from .._measured import Tally, constant_cone, measure_outputs
 from .._operators import arguments, aten
 from ._activations import Scale, add_scale, quantized, scale_of
 from ._calibrate import layer_run, observe
-from ._sensitivity import Level, choose, layer_seconds, measures
+from ._sensitivity import kept
 from ._sites import Product, has_budget
 
 ATTENTION = aten.scaled_dot_product_attention.default
@@ -57,19 +58,19 @@ class QuantizeProducts(Pass):
         seen = observe(program, ctx, {side: step.calibrate for side, step in sides.items()})
         scales = {side: scale_of(seen.observers[side].range(step.percentile), side.meta["val"].dtype)
                   for side, step in sides.items()}  # fmt: skip
-        kept = _kept(program, ctx, found, scales)
-        noise = _noise(program, ctx, kept, scales)
-        for product in kept:
+        chosen = kept(program, ctx, {product: partial(_computed_from, product, scales) for product in found})
+        noise = _noise(program, ctx, chosen, scales)
+        for product in chosen:
             ctx.ledger.add(
                 site=product.path, step=product.step.name, requested=product.requested,
                 outcome="rewritten", executes="uint8 on both sides",
                 detail=f"{noise[product.node].words} of its result; {seen.basis(ctx)}",
             )  # fmt: skip
-        _rewrite(program, kept, scales)
-        _restore(program, whole, kept)
-        if kept:
+        _rewrite(program, chosen, scales)
+        _restore(program, whole, chosen)
+        if chosen:
             measure_outputs(ctx, program, before, "int8 products")
-        return len(kept)
+        return len(chosen)
 
     def _skip(self, ctx: Context, steps: Iterable[Quantize]) -> None:
         for step in steps:
@@ -114,9 +115,9 @@ class _Whole:
     kwargs: dict[str, Any]
 
 
-def _restore(program: Program, whole: Iterable[_Whole], kept: Iterable[Product]) -> None:
+def _restore(program: Program, whole: Iterable[_Whole], chosen: Iterable[Product]) -> None:
     """Put attention back that has no product on integers."""
-    products = {product.node for product in kept}
+    products = {product.node for product in chosen}
     for was in whole:
         if was.products.isdisjoint(products):
             call = program.call(was.target, *was.args, before=was.result, like=was.result, **was.kwargs)
@@ -124,29 +125,14 @@ def _restore(program: Program, whole: Iterable[_Whole], kept: Iterable[Product])
     program.sweep()
 
 
-def _kept(program: Program, ctx: Context, found: Sequence[Product], scales: Mapping[Node, Scale]) -> list[Product]:
-    """The products that budgets leave to integers."""
-    if not measures(ctx, found):
-        return list(found)
-
-    def level(product: Product, seconds: float) -> Level:
-        def act(*values: Tensor) -> Tensor:
-            return _computed_from(product, values, scales)
-
-        return Level(product.step.scheme, act, seconds)
-
-    seconds = layer_seconds(program, ctx, found)
-    return list(choose(program, ctx, {product: [level(product, seconds[product])] for product in found}))
-
-
-def _computed_from(product: Product, values: Iterable[Tensor], scales: Mapping[Node, Scale]) -> Tensor:
+def _computed_from(product: Product, scales: Mapping[Node, Scale], *values: Tensor) -> Tensor:
     """The product of both sides as integers have them."""
     return torch.matmul(*(quantized(value, scales[side]) for side, value in zip(product.read, values, strict=True)))
 
 
-def _rewrite(program: Program, kept: Sequence[Product], scales: Mapping[Node, Scale]) -> None:
+def _rewrite(program: Program, chosen: Iterable[Product], scales: Mapping[Node, Scale]) -> None:
     readers: dict[Node, list[Node]] = {}
-    for product in kept:
+    for product in chosen:
         product.node.meta[INTEGERS] = IntegerSite(product.path, product.step.name, product=True)
         for side in dict.fromkeys(product.read):
             readers.setdefault(side, []).append(product.node)
@@ -191,14 +177,16 @@ def _computed(node: Node) -> bool:
 
 
 @torch.no_grad()
-def _noise(program: Program, ctx: Context, kept: Iterable[Product], scales: Mapping[Node, Scale]) -> dict[Node, Tally]:
+def _noise(
+    program: Program, ctx: Context, chosen: Iterable[Product], scales: Mapping[Node, Scale]
+) -> dict[Node, Tally]:
     """What integers change in each product, from float sides, on one batch."""
-    by_node = {product.node: product for product in kept}
+    by_node = {product.node: product for product in chosen}
     tallies = {node: Tally() for node in by_node}
 
     def look(node: Node, args: tuple[Any, ...], compute: Callable[[], Tensor]) -> Tensor:
         result, product = compute(), by_node[node]
-        tallies[node].add(_computed_from(product, product.values(args), scales), result, result.new_empty(0))
+        tallies[node].add(_computed_from(product, scales, *product.values(args)), result, result.new_empty(0))
         return result
 
     layer_run(program, next(iter(ctx.calibration.of(program))), by_node, look)

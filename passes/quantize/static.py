@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any, ClassVar
 
@@ -20,7 +20,7 @@ from .._operators import aten
 from ._activations import Scale, add_scale, quantized, scale_of
 from ._calibrate import Seen, layer_run, observe
 from ._layers import Layer, corrected
-from ._sensitivity import Beside, Level, choose, layer_seconds, measures
+from ._sensitivity import kept
 from ._sites import Site, has_budget, quantized_sites
 from ._weights import read_integers
 
@@ -61,7 +61,9 @@ class QuantizeStatic(Pass):
             values, everywhere = _values(sites)
             return {node: partial(quantized, scale=scale(node, values[node])) for node in everywhere}
 
-        layers = _kept(program, ctx, corrected(program, ctx, layers, seen.batches), beside)
+        layers = corrected(program, ctx, layers, seen.batches)
+        chosen = kept(program, ctx, {layer.site: layer.result for layer in layers}, beside)
+        layers = [layer for layer in layers if layer.site in chosen]
         values, everywhere = _values([layer.site for layer in layers])
         noise = _noise(program, ctx, layers)
         for layer in layers:
@@ -132,16 +134,6 @@ def _result(node: Node) -> Node:
     """What an integer kernel of the convolution gives: a ReLU that alone reads it is part of that."""
     users = list(node.users)
     return users[0] if len(users) == 1 and users[0].target in _RECTIFIERS else node
-
-
-def _kept(program: Program, ctx: Context, layers: Sequence[Layer], beside: Beside[Site]) -> list[Layer]:
-    """The layers that budgets leave to integers."""
-    sites = [layer.site for layer in layers]
-    seconds = layer_seconds(program, ctx, sites) if measures(ctx, sites) else dict.fromkeys(sites, 0.0)
-    chosen = choose(program, ctx, {
-        layer.site: [Level(layer.site.step.scheme, layer.result, seconds[layer.site])] for layer in layers
-    }, beside)  # fmt: skip
-    return [layer for layer in layers if layer.site in chosen]
 
 
 def _noise(program: Program, ctx: Context, layers: Iterable[Layer]) -> dict[Node, Tally]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar
@@ -25,7 +25,7 @@ from .._adapters import describe
 from .._measured import Tally, measure_outputs
 from .._operators import arguments
 from ._calibrate import Seen, observe, watched_run
-from ._sensitivity import Level, choose, layer_seconds, measures
+from ._sensitivity import kept
 from ._sites import Head, has_budget, integer_heads
 
 _KINDS = ("model", "intersection", "difference", "semantics")
@@ -57,14 +57,16 @@ class QuantizeTversky(Pass):
         seen = observe(program, ctx, {_read(head.node, "a"): head.step.calibrate for head in heads})
         tried = dict(zip(heads, _tried(program, ctx, heads, seen), strict=True))
         grids = {head: min(found, key=lambda grid: found[grid].gap) for head, found in tried.items()}
-        kept = _kept(program, ctx, grids)
-        for head in kept:
+        chosen = kept(program, ctx, {
+            head: partial(_computed, program, head.node, grid) for head, grid in grids.items()
+        })  # fmt: skip
+        for head in chosen:
             grid = grids[head]
             _report(program, ctx, head, grid, tried[head][grid], seen)
             _rewrite(program, head, grid)
-        if kept:
+        if chosen:
             measure_outputs(ctx, program, before, "Tversky heads on integers")
-        return len(kept)
+        return len(chosen)
 
 
 class QuantizeTverskyWithin(QuantizeTversky):
@@ -120,18 +122,6 @@ def _gpu_problem(how: Combination, measures: Tensor, targets: Sequence[str]) -> 
     if "min" in how.terms and measures.shape[0] > MAX_MINIMA:
         return f"the kernel for GPUs sums minima of up to {MAX_MINIMA} features"
     return None
-
-
-def _kept(program: Program, ctx: Context, grids: Mapping[Head, Grid]) -> list[Head]:
-    """The heads that budgets leave to integers."""
-    if not measures(ctx, grids):
-        return list(grids)
-    seconds = layer_seconds(program, ctx, list(grids))
-    levels = {
-        head: [Level(head.step.scheme, partial(_computed, program, head.node, grid), seconds[head])]
-        for head, grid in grids.items()
-    }
-    return list(choose(program, ctx, levels))
 
 
 def _read(head: Node, name: str) -> Node:
