@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import ast
 import fnmatch
-import functools
 import importlib
 import os
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -22,7 +21,7 @@ from rich.table import Table
 
 if TYPE_CHECKING:
     from .harness import Case, Options
-    from .harness.runner import Measurement, Runner
+    from .harness.runner import Measurement
 
 FOLDER = Path(__file__).resolve().parent
 
@@ -184,6 +183,7 @@ class Request:
         """Run one benchmark, and write its result file where all of it was run."""
         from .harness import Options, Unavailable, record
         from .harness.noise import load_average, reasons
+        from .harness.worker import runner
 
         for reason in reasons(load_average(), None, None):
             console.print(f"[yellow]this machine is busy: {reason}; the rows will say so[/yellow]")
@@ -192,10 +192,14 @@ class Request:
         shared = record.environment(name, quick=self.quick, seed=self.seed, command=self.command(name))
         measured: list[Measurement] = []
         with record.Writer(out, shared) as writer, console.status(name) as status:
-            runner = self.runner(name, lambda text: status.update(escape(text)))
+            options = Options(seed=self.seed, quick=self.quick)
+            running = runner(
+                f"benchmarks.{name}", options, threads=self.threads, seed=self.seed, rounds=self.rounds,
+                quick=self.quick, peer=self.peer, say=lambda text: status.update(escape(text)),
+            )  # fmt: skip
             try:
-                for case in selected(name, Options(seed=self.seed, quick=self.quick), self.case):
-                    found = runner.run(case)
+                for case in selected(name, options, self.case):
+                    found = running.run(case)
                     writer.write(found)
                     show([record.row(m, shared) for m in found])
                     measured += found
@@ -203,20 +207,6 @@ class Request:
                 raise fail(f"{name}: {error}") from error
         console.print(f"written to {out}" if out else "not written: all of a benchmark, or --out, is")
         return measured
-
-    def runner(self, name: str, say: Callable[[str], None]) -> Runner:
-        from .harness import Options
-        from .harness.runner import Runner
-        from .harness.worker import Source, worker_seats
-
-        def source(case: Case) -> Source:
-            options = Options(seed=self.seed, quick=self.quick)
-            return Source(f"benchmarks.{name}", options, (case.name, case.metric.name), self.threads, self.seed)
-
-        return Runner(
-            rounds=self.rounds, quick=self.quick, seed=self.seed, say=say, builders=os.cpu_count() or 1,
-            wanted=lambda peer: fnmatch.fnmatch(peer, self.peer), seats=functools.partial(worker_seats, source=source),
-        )  # fmt: skip
 
 
 def selected(name: str, options: Options, glob: str) -> Iterator[Case]:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import models
+from . import models, runtime
 from .harness import PEAK_MEMORY, Case, Metric, Options, Peer, Reading, Unavailable
 from .harness.case import relative_error
 from .harness.memory import peak_above
@@ -143,40 +143,15 @@ def _scratch() -> tempfile.TemporaryDirectory[str]:
 
 def session(path: Path) -> Callable[[Tensor], Tensor]:
     """A bare session of ONNX Runtime."""
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    running = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    return lambda x: torch.from_numpy(running.run(None, {"x": x.numpy()})[0])
+    running = runtime.session(path)
+    return lambda x: running(x)[0]
 
 
 @functools.cache
 def quantized_by_runtime(subject: Subject) -> Path:
-    """The file that onnxruntime makes of our float one: QDQ, uint8 inputs, int8 weights per channel, min and max."""
-    models.need("onnxruntime")
-    from onnxruntime import quantization as ort
-    from onnxruntime.quantization.shape_inference import quant_pre_process
-
-    class Reader(ort.CalibrationDataReader):  # type: ignore[misc]
-        def __init__(self) -> None:
-            self.batches = iter(subject.calibration())
-
-        def get_next(self) -> dict[str, Any] | None:
-            batch = next(self.batches, None)
-            return None if batch is None else {"x": batch.numpy()}
-
-    prepared, done = (folder() / f"{name}.onnx" for name in ("prepared", "quantized"))
-    source = str(file_of(subject.compiled("onnx")))
-    try:
-        quant_pre_process(source, str(prepared))
-    except Exception:  # its symbolic shapes do not get through attention
-        quant_pre_process(source, str(prepared), skip_symbolic_shape=True)
-    ort.quantize_static(
-        str(prepared), str(done), Reader(), quant_format=ort.QuantFormat.QDQ, per_channel=True,
-        activation_type=ort.QuantType.QUInt8, weight_type=ort.QuantType.QInt8,
-    )  # fmt: skip
-    return done
+    """The file that onnxruntime makes of our float one."""
+    batches = [{"x": batch} for batch in subject.calibration()]
+    return runtime.quantize_static(file_of(subject.compiled("onnx")), batches, folder())
 
 
 # ---- bytes

@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from fnmatch import fnmatch
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +13,7 @@ from torch import Tensor, nn
 
 from . import record
 from .case import Case, Peer, Unavailable
-from .runner import Runner
-from .worker import Source, worker_seats
+from .worker import runner
 
 MODEL, PROGRAM = "model, eager", "program, eager"
 
@@ -46,13 +43,14 @@ def cases(subject: Subject) -> Iterator[Case]:
     """One for each assignment of sizes."""
     from fxfreeze.artifact import Artifact
     from fxfreeze.errors import PlanError
-    from fxfreeze.sampling import dim_choices, symbolic_dims
+    from fxfreeze.sampling import symbolic_dims
 
     artifact = Artifact.load(subject.folder)
-    names = set(symbolic_dims(artifact.interface.inputs))
-    for sizes in subject.sizes or dim_choices(artifact.program, 1):
-        if sizes.keys() != names:
-            raise PlanError(f"sizes of {sorted(sizes)} where the inputs have {sorted(names)}", where="sizes")
+    dims = artifact.interface.dims
+    smallest = {name: dims.get(name, (1, None))[0] for name in symbolic_dims(artifact.interface.inputs)}
+    for sizes in subject.sizes or (smallest,):
+        if sizes.keys() != smallest.keys():
+            raise PlanError(f"sizes of {sorted(sizes)} where the inputs have {sorted(smallest)}", where="sizes")
         yield _case(subject, artifact, dict(sizes))
 
 
@@ -79,18 +77,15 @@ def measure(
         PlanError: sizes that its inputs do not have.
     """
     threads = threads or os.cpu_count() or 1
-    module = f"{__package__}.artifact"
-    find = partial(Source, module, subject, threads=threads, seed=subject.seed)
-    runner = Runner(
-        rounds=rounds, quick=quick, seed=subject.seed, say=say, builders=os.cpu_count() or 1,
-        wanted=lambda name: fnmatch(name, peer),
-        seats=partial(worker_seats, source=lambda case: find((case.name, case.metric.name))),
+    running = runner(
+        f"{__package__}.artifact", subject, threads=threads, seed=subject.seed, rounds=rounds, quick=quick, peer=peer,
+        say=say,
     )  # fmt: skip
     shared = record.environment(subject.folder.name, threads=threads, quick=quick, seed=subject.seed, command=command)
     rows = []
     with record.Writer(out, shared) as writer:
         for case in cases(subject):
-            found = runner.run(case)
+            found = running.run(case)
             writer.write(found)
             rows += [record.row(measurement, shared) for measurement in found]
     return rows

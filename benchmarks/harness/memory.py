@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from .case import Reading, Unavailable
-from .child import peak_rss
 
 ROOT = Path(__file__).resolve().parents[2]
 CHILD = Path(__file__).with_name("child.py")
@@ -61,11 +60,6 @@ def peak_above(baseline: str, function: str, **arguments: Any) -> Callable[[], C
 
 
 def forget_peak() -> None:
-    """From here on :func:`peak` is that of what follows, on Linux (see proc(5), clear_refs)."""
+    """From here on :func:`.child.peak_rss` is that of what follows, on Linux (see proc(5), clear_refs)."""
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
-
-
-def peak() -> int:
-    """The largest resident size of this process since :func:`forget_peak`, in bytes."""
-    return peak_rss()

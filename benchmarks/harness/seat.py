@@ -14,6 +14,7 @@ import torch
 
 from . import memory
 from .case import Case, Peer, Reading, Unavailable, WrongOutput, flatten, relative_error
+from .child import peak_rss
 from .clock import Clock, calibrate, clock_for, loop
 from .rotation import rotated
 
@@ -133,7 +134,7 @@ class Local:
 
     def finish(self) -> None:
         if self.case.metric.looped:
-            self.facts["peak_memory"] = memory.peak()
+            self.facts["peak_memory"] = peak_rss()
             with _reported("after it was timed: "):
                 self._check()
 

@@ -7,6 +7,7 @@ live side by side and wait, so that rounds are interleaved as they are in one pr
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import itertools
 import os
@@ -15,11 +16,13 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 from typing import Any
 
 from .case import Case
+from .runner import Runner
 from .seat import Dropped, Local, Seat, Task, dropped
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -154,6 +157,21 @@ def worker_seats(case: Case, peers: Sequence[int], seed: int, source: Callable[[
             stack.callback(process.close)
             seats.append(Remote(process, index, folder / "task.pt"))
         yield seats
+
+
+def runner(
+    module: str, options: Any, *, threads: int, seed: int, rounds: int | None, quick: bool, peer: str,
+    say: Callable[[str], None],
+) -> Runner:  # fmt: skip
+    """Runs what `cases(options)` of a module yields, a process for each peer whose name the glob `peer` takes."""
+
+    def source(case: Case) -> Source:
+        return Source(module, options, (case.name, case.metric.name), threads, seed)
+
+    return Runner(
+        rounds=rounds, quick=quick, seed=seed, say=say, builders=os.cpu_count() or 1,
+        wanted=lambda name: fnmatch(name, peer), seats=functools.partial(worker_seats, source=source),
+    )  # fmt: skip
 
 
 # ---- in the worker

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import models
+from .. import models, runtime
 from .. import peers as environments
 from ..harness import Peer
 from . import plans
@@ -129,59 +129,22 @@ def exported_session(module: nn.Module, inputs: Sequence[Tensor], names: Sequenc
     """A module of other cases on ONNX Runtime."""
     models.need("onnxruntime")
     with tempfile.TemporaryDirectory() as folder:
-        return session(exported(module.eval(), inputs, names, Path(folder)))
-
-
-def session(path: Path) -> Call:
-    """A bare session of ONNX Runtime."""
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    running = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    names = [given.name for given in running.get_inputs()]
-
-    def run(*inputs: Tensor) -> Any:
-        given = {name: value.numpy() for name, value in zip(names, inputs, strict=True)}
-        return tuple(map(torch.from_numpy, running.run(None, given)))
-
-    return run
+        return runtime.session(exported(module.eval(), inputs, names, Path(folder)))
 
 
 def onnx_runtime(build: Build, network: Network, variant: Variant) -> Call:
     models.need("onnxruntime")
     with tempfile.TemporaryDirectory() as folder:
-        return session(onnx_file(build, network, variant, Path(folder)))
+        return runtime.session(onnx_file(build, network, variant, Path(folder)))
 
 
 def quantize_static(build: Build, network: Network, variant: Variant) -> Call:
-    """QDQ, uint8 inputs, int8 weights per channel, ranges by min and max."""
+    """ONNX Runtime's own, on the same ONNX file."""
     models.need("onnxruntime")
-    from onnxruntime import quantization as ort
-    from onnxruntime.quantization.shape_inference import quant_pre_process
-
-    class Reader(ort.CalibrationDataReader):  # type: ignore[misc]
-        def __init__(self) -> None:
-            self.batches = iter(network.calibration())
-
-        def get_next(self) -> dict[str, Any] | None:
-            batch = next(self.batches, None)
-            return None if batch is None else {
-                name: value.numpy() for name, value in zip(network.shapes, batch, strict=True)
-            }  # fmt: skip
-
+    batches = [dict(zip(network.shapes, given, strict=True)) for given in network.calibration()]
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        source, prepared, done = onnx_file(build, network, variant, folder), folder / "prepared.onnx", folder / "q.onnx"
-        try:
-            quant_pre_process(str(source), str(prepared))
-        except Exception:  # its symbolic shapes do not get through attention
-            quant_pre_process(str(source), str(prepared), skip_symbolic_shape=True)
-        ort.quantize_static(
-            str(prepared), str(done), Reader(), quant_format=ort.QuantFormat.QDQ, per_channel=True,
-            activation_type=ort.QuantType.QUInt8, weight_type=ort.QuantType.QInt8,
-        )  # fmt: skip
-        return session(done)
+        source = onnx_file(build, network, variant, Path(name))
+        return runtime.session(runtime.quantize_static(source, batches, Path(name)))
 
 
 def nncf(build: Build, network: Network, variant: Variant) -> Call:
@@ -191,7 +154,7 @@ def nncf(build: Build, network: Network, variant: Variant) -> Call:
                for given in network.calibration()]  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         source = onnx_file(build, network, variant, Path(folder))
-        return session(environments.quantized("nncf", source, batches, Path(folder) / "done.onnx"))
+        return runtime.session(environments.quantized("nncf", source, batches, Path(folder) / "done.onnx"))
 
 
 def torchao(build: Build, network: Network, variant: Variant) -> Call:
