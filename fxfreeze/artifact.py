@@ -129,7 +129,7 @@ class Artifact:
                 say("evaluating the model")
                 scores[parity.MODEL] = float(evaluate(nested(Interface.of(program), reference or program.run)))
             found = banks.banks(program, plan)
-            facts = _emit(program, found, plan.targets, folder, examples, say)
+            facts = _emit(program, found, plan, folder, examples, say)
             executed = _executed(program, plan, facts)
             shelf = banks.Shelf(list(found), folder / banks.FOLDER / "0.safetensors", _by_name(found))
             if found:
@@ -507,7 +507,7 @@ def _load(name: str, folder: Path, interface: Interface, shelf: Callable[[], ban
 def _emit(
     program: Program,
     found: Mapping[banks.Bank, Tensor],
-    targets: Sequence[str],
+    plan: Plan,
     folder: Path,
     examples: Sequence[Tensor] | None,
     say: Callable[[str], None],
@@ -516,8 +516,9 @@ def _emit(
     program = banks.opened(program, list(found))
     if examples is not None:
         examples = [*examples, *found.values()]
-    lowering, facts = Lowering(program, examples, _by_name(found)), {}
-    for name in targets:
+    lowering = Lowering(program, examples, _by_name(found), plan.portable)
+    facts: dict[str, Any] = {}
+    for name in plan.targets:
         say(f"emitting {name}")
         place = folder / EMITTERS[name].folder
         place.mkdir()

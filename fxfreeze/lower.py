@@ -38,11 +38,13 @@ class Lowering:
         program: what to emit.
         examples: flat tensors that the model accepts, resized as needed; None: draw from the plan.
         defaults: values that some inputs have when none are given, by name, for targets that know such a thing.
+        portable: targets that are files for a runtime hold nothing that only one runtime has.
     """
 
     program: Program
     examples: Sequence[torch.Tensor] | None = None
     defaults: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    portable: bool = False
 
     @cached_property
     def exported(self) -> ExportedProgram:

@@ -1382,6 +1382,12 @@ class Plan(Record):
         default_factory=dict,
         description="Bounds of the symbolic dimensions that the inputs' shapes name. Default: ≥ 1.",
     )
+    portable: Flag = Field(
+        default=False,
+        description="Write ONNX files of standard operators alone, those of opset 21, for runtimes other than "
+        "ONNX Runtime. There linear layers of integers that give floats then take a little longer, and embeddings of "
+        "4 bits take 8.",
+    )
     version: Count = Field(default=VERSION, description="Version of the plan format.")
 
     suffixes: ClassVar[tuple[str, ...]] = (".toml", ".json")
@@ -1395,6 +1401,7 @@ class Plan(Record):
             targets: Iterable[str] = ("torch",),
             outputs: Iterable[str] | None = None,
             dims: Mapping[str, Dim | Mapping[str, Any]] | None = None,
+            portable: bool = False,
             version: int = VERSION,
         ) -> None: ...
 

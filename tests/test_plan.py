@@ -302,7 +302,7 @@ def test_edges_that_are_fine() -> None:
         ({"steps": [LoRA("a", 1, name="q"), LoRA("b", 1), IA3("b", name="q")]}, "steps[2].name: repeats 'q'"),
         ({"stpes": []},
          "stpes: unknown key (did you mean steps?); "
-         "known keys: inputs, steps, targets, outputs, dims, version"),
+         "known keys: inputs, steps, targets, outputs, dims, portable, version"),
         ({"inputs": []}, "inputs: must name at least one input"),
         ({"inputs": 3}, "inputs: must be a list, got 3"),
         ({"inputs": [3]}, "inputs[0]: must be a table of keys and values, got 3"),
@@ -500,6 +500,7 @@ def plans(draw: st.DrawFn) -> Plan:
             )
         ),
         {name: Dim(low, draw(st.sampled_from([None, high]))) for name, (low, high) in zip(used, bounds, strict=True)},
+        draw(st.booleans()),
     )
 
 

@@ -1,14 +1,15 @@
 """Where integers meet floats in ONNX: forms that ONNX Runtime runs as they are written.
 
 Between integers it would quantize a weight that is to stay in floats; and it would compute a product of floats with a
-weight of integers in floats in front of a ReLU, and in front of what is quantized.
+weight of integers in floats in front of a ReLU, and in front of what is quantized. In front of a ReLU that is not
+quantized it would do so with a Gemm of integers, too.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from .onnx_graph import constant, describe, is_weight, number
+from .onnx_graph import constant, describe, is_quantized, is_weight, number
 
 
 def would_be_quantized(node: Any) -> bool:
@@ -49,6 +50,15 @@ def computes_in_floats(node: Any) -> bool:
         return False
     source, weight = (value.producer() for value in node.inputs[:2])
     return weight is not None and is_weight(weight) and (source is None or source.op_type != "DequantizeLinear")
+
+
+def rectifies_floats(node: Any) -> bool:
+    """A Gemm of integers whose ReLU gives floats to something that does not quantize them."""
+    if node.op_type != "Gemm":
+        return False
+    source, weight = (value.producer() for value in node.inputs[:2])
+    reads_integers = source is not None and source.op_type == "DequantizeLinear" and weight is not None
+    return reads_integers and is_weight(weight) and not is_quantized(node.outputs[0])
 
 
 def keep_apart(graph: Any, product: Any) -> None:

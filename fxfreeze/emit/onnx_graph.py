@@ -16,6 +16,15 @@ def is_weight(node: Any) -> bool:
     )
 
 
+def is_quantized(value: Any) -> bool:
+    """Whether all that reads a product, or the ReLU behind it, quantizes it."""
+    readers = [reader for reader, _ in value.uses()]
+    if [reader.op_type for reader in readers] == ["Relu"]:
+        value = readers[0].outputs[0]
+        readers = [reader for reader, _ in value.uses()]
+    return not value.is_graph_output() and {reader.op_type for reader in readers} == {"QuantizeLinear"}
+
+
 def constant(graph: Any, name: str, array: Any) -> Any:
     import onnx_ir
 
@@ -62,14 +71,17 @@ def has_zero_point(node: Any) -> bool:
 
 
 def pack(graph: Any, node: Any, packed: dict[int, Any]) -> None:
-    """Blocked integers from -8 to 7 as INT4, two a byte; `packed` holds those of other nodes."""
+    """Blocked integers from -8 to 7 as INT4, two a byte; `packed` holds those of other nodes.
+
+    A table that rows are looked up in as bytes stays in bytes, and is stored once.
+    """
     import ml_dtypes
 
     if not number(node, "block_size"):
         return
     if not has_zero_point(node) and len(node.inputs) > 2:
         node.resize_inputs(2)
-    if not fits_4_bits(node):
+    if not fits_4_bits(node) or any(reader.op_type == "Gather" for reader, _ in node.inputs[0].uses()):
         return
     for index in (0, 2)[: len(node.inputs) - 1]:
         value = node.inputs[index]

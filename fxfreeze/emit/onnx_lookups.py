@@ -2,7 +2,7 @@
 
 ONNX Runtime 1.32 makes nothing of DequantizeLinear and a Gather behind it: the whole table would become floats in every
 call. Standard operators cannot look up integers of 4 bits. So embeddings are ``GatherBlockQuantized`` of ONNX Runtime's
-own domain, or, with 8 bits, a Gather of integers and one of scales, which are multiplied.
+own domain, or, with 8 bits and in portable files, a Gather of integers and one of scales, which are multiplied.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _LEAST = 16
 """Elements that share a scale, in GatherBlockQuantized: so many, or a larger power of two."""
 
 
-def look_up(graph: Any, node: Any, packed: dict[int, Any]) -> Any:
+def look_up(graph: Any, node: Any, packed: dict[int, Any], portable: bool = False) -> Any:
     """Where a Gather reads rows of the weight, let it read integers; what does so then, or None."""
     uses = list(node.outputs[0].uses())
     if len(uses) != 1 or uses[0][0].op_type != "Gather" or uses[0][1] != 0 or len(node.inputs[0].shape) != 2:
@@ -28,7 +28,7 @@ def look_up(graph: Any, node: Any, packed: dict[int, Any]) -> Any:
     straight = axis % 2 == (1 if block else 0) or not scale.shape
     if number(gather, "axis") != 0 or not straight or has_zero_point(node):
         return None
-    if block >= _LEAST and block & (block - 1) == 0 and fits_4_bits(node):
+    if not portable and block >= _LEAST and block & (block - 1) == 0 and fits_4_bits(node):
         pack(graph, node, packed)
         found = _gather_blocks(graph, node, gather, block)
     else:
@@ -50,7 +50,7 @@ def _gather_blocks(graph: Any, node: Any, gather: Any, block: int) -> Any:
 
 
 def _gather_rows(graph: Any, node: Any, gather: Any, block: int) -> Any:
-    """Of a table of 8 bits: Gather, and a product with the scales of these rows.
+    """Of a table with a byte each: Gather, and a product with the scales of these rows.
 
     With DequantizeLinear ONNX Runtime would take a linear layer that reads the rows for one of integers on both sides.
     """

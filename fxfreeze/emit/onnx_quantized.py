@@ -15,7 +15,7 @@ from typing import Any
 from ..kernels.dequantize import KERNEL as DEQUANTIZE
 from ..kernels.quantize import KERNEL as QUANTIZE
 from .onnx_dynamic import PRODUCT, to_dynamic
-from .onnx_floats import computes_in_floats, keep_apart, read_by_channel, would_be_quantized
+from .onnx_floats import computes_in_floats, keep_apart, read_by_channel, rectifies_floats, would_be_quantized
 from .onnx_graph import constant, describe, drop_unread, is_weight, pack, set_number
 from .onnx_lookups import look_up
 from .onnx_parts import cut
@@ -42,7 +42,7 @@ def translations() -> dict[Any, Callable[..., Any]]:
     return {QUANTIZE.op: quantize, DEQUANTIZE.op: dequantize}
 
 
-def shape_for_runtime(graph: Any, products: int = 0) -> list[str]:
+def shape_for_runtime(graph: Any, products: int = 0, portable: bool = False) -> list[str]:
     """Put what the exporter wrote into the forms that ONNX Runtime has integer kernels for.
 
     * a product reads its weight as [in, out], transposed in the file and not while it runs;
@@ -54,13 +54,14 @@ def shape_for_runtime(graph: Any, products: int = 0) -> list[str]:
       when the file is opened;
     * a layer that stays in floats between integers reads them through scales per channel, all alike: behind one scale
       ONNX Runtime would quantize its weight, too, with one scale for all of it (WeightBiasQuantization);
-    * a ReLU behind a product that reads its weight alone as integers is a Max with 0: ONNX Runtime computes the product
-      in floats otherwise;
+    * a ReLU behind a product that reads its weight alone as integers, or that gives floats, is a Max with 0: ONNX
+      Runtime computes the product in floats otherwise;
     * conversions carry no notes, which took a tenth of the file of a ResNet-20: shapes follow from their inputs, and
       their module is that of the layer beside them.
 
     Args:
         products: how many products of two computed values a plan step asked for.
+        portable: keep to operators of the ONNX standard.
 
     Returns:
         Names of the nodes that read a quantized weight, in the order of the graph; and of those products, unless there
@@ -69,18 +70,20 @@ def shape_for_runtime(graph: Any, products: int = 0) -> list[str]:
     weights = [node for node in graph.all_nodes() if is_weight(node)]
     weights += _split(graph, weights)
     packed: dict[int, Any] = {}
-    lookups = {found.name for node in weights if (found := look_up(graph, node, packed)) is not None}
+    lookups = {found.name for node in weights if (found := look_up(graph, node, packed, portable)) is not None}
     weights = [node for node in weights if node.graph is not None]
     for node in weights:
         pack(graph, node, packed)
         _transpose(graph, node)
-    whole = to_dynamic(graph) | to_floats(graph)
-    cut(graph)
+    whole = to_dynamic(graph)
+    if not portable:
+        whole |= to_floats(graph)
+        cut(graph)
     weights = [node for node in weights if node.graph is not None]
     for node in list(graph.all_nodes()):
         if would_be_quantized(node):
             read_by_channel(graph, node)
-        if computes_in_floats(node):
+        if computes_in_floats(node) or rectifies_floats(node):
             keep_apart(graph, node)
         if node.op_type == "Gemm":
             _integer_bias(graph, node)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .onnx_graph import describe, has_zero_point, is_weight, number, sweep
+from .onnx_graph import describe, has_zero_point, is_quantized, is_weight, number, sweep
 
 _DOMAIN = "com.microsoft"
 PRODUCT = "MatMulIntegerToFloat"
@@ -28,7 +28,7 @@ def to_floats(graph: Any) -> set[str]:
     for node in list(graph.all_nodes()):
         if node.graph is not None and _fits(node):
             bias, last = _bias(node)
-            if not _is_quantized(last.outputs[0]):
+            if not is_quantized(last.outputs[0]):
                 names.add(_multiply(graph, node, bias, last))
     sweep(graph)
     return names
@@ -62,15 +62,6 @@ def _bias(product: Any) -> tuple[Any, Any]:
             if value.const_value is not None and tuple(value.const_value.shape) == (outputs,):
                 return value, readers[0]
     return None, product
-
-
-def _is_quantized(value: Any) -> bool:
-    """Whether all that reads a product, or the ReLU behind it, quantizes it."""
-    readers = [reader for reader, _ in value.uses()]
-    if [reader.op_type for reader in readers] == ["Relu"]:
-        value = readers[0].outputs[0]
-        readers = [reader for reader, _ in value.uses()]
-    return not value.is_graph_output() and {reader.op_type for reader in readers} == {"QuantizeLinear"}
 
 
 def _multiply(graph: Any, node: Any, bias: Any, last: Any) -> str:
