@@ -30,7 +30,7 @@ from ..lower import Lowering, emit_error
 from ..program import Program, TensorSpec, integer_layers
 from ..sampling import sample_inputs, tracing_sizes
 from ..serialize import Interface
-from . import onnx_heads, onnx_quantized
+from . import onnx_blocked, onnx_heads, onnx_quantized
 
 FILE = "model.onnx"
 OPSETS = (24, 21)
@@ -122,6 +122,8 @@ def _convert(lowering: Lowering, folder: Path, opset: int) -> tuple[dict[str, An
     sums = onnx_heads.integer_sums(model.graph) if any(map(is_head, program.graph.nodes)) else []
     asked = sum(site.product for site in integer_layers(program).values())
     layers = onnx_quantized.shape_for_runtime(model.graph, asked, lowering.portable)
+    if not lowering.portable:
+        onnx_blocked.stay_blocked(model.graph)
     _add_defaults(model.graph, lowering.defaults)
     size = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None)
     external = size > EXTERNAL_BYTES
