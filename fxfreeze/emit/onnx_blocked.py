@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from .onnx_graph import constant, describe, number, sweep
+from .onnx_graph import constant, describe, is_zero, number, sweep
 
 _BLOCK, _ALIGNED = 16, 4
 """Channels of a block, at most (8 with AVX2, 16 with AVX-512), and what their number must be a multiple of: ONNX
@@ -73,7 +73,7 @@ def _gate(graph: Any, where: Any) -> None:
 
     compared, kept, other = where.inputs
     greater = compared.producer()
-    if greater is None or greater.op_type != "Greater" or not _is_zero(other):
+    if greater is None or greater.op_type != "Greater" or not is_zero(other):
         return
     value, channels = greater.inputs[0], kept.shape[1] if kept.shape is not None and len(kept.shape) == 4 else 0
     threshold = _per_channel(greater.inputs[1], channels)
@@ -89,11 +89,6 @@ def _gate(graph: Any, where: Any) -> None:
     open_ = _insert(graph, where, "HardSigmoid", [above], f"{name}.open", kept, alpha=_STEEP, beta=0.0)
     gated = _insert(graph, where, "Mul", [kept, open_], f"{name}.gated", result)
     result.replace_all_uses_with(gated, replace_graph_outputs=True)
-
-
-def _is_zero(value: Any) -> bool:
-    stored = value.const_value
-    return stored is not None and stored.size == 1 and not stored.numpy().any()
 
 
 def _per_channel(value: Any, channels: int) -> Any:
@@ -143,12 +138,7 @@ def _channels_added(pad: Any) -> tuple[int, int] | None:
     mode = pad.attributes["mode"].as_string() if "mode" in pad.attributes else "constant"
     given = [*pad.inputs, None, None][1:4]
     stored = given[0].const_value
-    if (
-        mode != "constant"
-        or stored is None
-        or (given[1] is not None and not _is_zero(given[1]))
-        or given[2] is not None
-    ):
+    if mode != "constant" or stored is None or (given[1] is not None and not is_zero(given[1])) or given[2] is not None:
         return None
     amounts = [int(item) for item in stored.numpy()]
     rest = [amount for position, amount in enumerate(amounts) if position not in (1, 5)]

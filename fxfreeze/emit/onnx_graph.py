@@ -25,6 +25,11 @@ def is_quantized(value: Any) -> bool:
     return not value.is_graph_output() and {reader.op_type for reader in readers} == {"QuantizeLinear"}
 
 
+def is_zero(value: Any) -> bool:
+    stored = value.const_value
+    return stored is not None and stored.size == 1 and not stored.numpy().any()
+
+
 def constant(graph: Any, name: str, array: Any) -> Any:
     import onnx_ir
 

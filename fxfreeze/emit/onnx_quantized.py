@@ -14,6 +14,7 @@ from typing import Any
 
 from ..kernels.dequantize import KERNEL as DEQUANTIZE
 from ..kernels.quantize import KERNEL as QUANTIZE
+from .onnx_between import stay_whole
 from .onnx_dynamic import PRODUCT, to_dynamic
 from .onnx_floats import computes_in_floats, keep_apart, read_by_channel, rectifies_floats, would_be_quantized
 from .onnx_graph import constant, describe, drop_unread, is_weight, pack, set_number
@@ -79,6 +80,7 @@ def shape_for_runtime(graph: Any, products: int = 0, portable: bool = False) -> 
     if not portable:
         whole |= to_floats(graph)
         cut(graph)
+        stay_whole(graph)
     weights = [node for node in weights if node.graph is not None]
     for node in list(graph.all_nodes()):
         if would_be_quantized(node):

@@ -16,7 +16,7 @@ from fxfreeze.rewrite import Context, Pass
 from .._adapters import describe
 from .._heads import is_static
 from .._measured import Tally, measure_outputs
-from .._operators import aten
+from .._operators import arguments, aten
 from ._activations import Scale, add_scale, quantized, scale_of
 from ._calibrate import Seen, layer_run, observe
 from ._layers import Layer, corrected
@@ -25,6 +25,7 @@ from ._sites import Site, has_budget, quantized_sites
 from ._weights import read_integers
 
 _RECTIFIERS = frozenset({aten.relu.default, aten.relu6.default, aten.hardtanh.default})
+_PADS = frozenset({aten.pad.default, aten.constant_pad_nd.default})
 _OUTLIER = 16.0
 _SATURATED = 1e-3
 
@@ -52,8 +53,11 @@ class QuantizeStatic(Pass):
         before = program.clone()
         seen = observe(program, ctx, {node: step.calibrate for node, step in _values(sites)[0].items()})
 
+        everywhere = _values(sites)[1]
+
         def scale(node: Node, step: Quantize) -> Scale:
-            return scale_of(seen.observers[node].range(step.percentile), node.meta["val"].dtype)
+            seen_at = seen.observers[_origin(node, everywhere)]
+            return scale_of(seen_at.range(step.percentile), node.meta["val"].dtype)
 
         layers = [Layer.of(program, site, scale(site.operator.input, site.step)) for site in sites]
 
@@ -128,6 +132,23 @@ def _summed(result: Node) -> Iterator[Node]:
                 if side is not result and side.op != "get_attr" and side.meta["val"].is_floating_point()
             )
             yield _result(total)
+
+
+def _origin(node: Node, everywhere: Collection[Node]) -> Node:
+    """What is read as integers by all and moved to `node`, with nothing but zeros added: these integers will do."""
+    origin = node
+    while origin.target is aten.slice.Tensor or _pads_zeros(origin):
+        origin = origin.all_input_nodes[0]
+        if origin in everywhere:
+            return origin
+    return node
+
+
+def _pads_zeros(node: Node) -> bool:
+    if node.target not in _PADS:
+        return False
+    given = arguments(node)
+    return given.get("mode", "constant") == "constant" and not given["value"]
 
 
 def _result(node: Node) -> Node:
