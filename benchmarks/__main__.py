@@ -12,12 +12,11 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
 if TYPE_CHECKING:
     from .harness import Case, Options
@@ -183,6 +182,7 @@ class Request:
         """Run one benchmark, and write its result file where all of it was run."""
         from .harness import Options, Unavailable, record
         from .harness.noise import load_average, reasons
+        from .harness.table import draw
         from .harness.worker import runner
 
         for reason in reasons(load_average(), None, None):
@@ -201,7 +201,7 @@ class Request:
                 for case in selected(name, options, self.case):
                     found = running.run(case)
                     writer.write(found)
-                    show([record.row(m, shared) for m in found])
+                    draw([record.row(m, shared) for m in found], console)
                     measured += found
             except Unavailable as error:  # from a case: its model cannot even be built
                 raise fail(f"{name}: {error}") from error
@@ -212,22 +212,6 @@ class Request:
 def selected(name: str, options: Options, glob: str) -> Iterator[Case]:
     cases: Iterator[Case] = importlib.import_module(f"benchmarks.{name}").cases(options)
     return (case for case in cases if fnmatch.fnmatch(case.name, glob))
-
-
-def show(rows: list[dict[str, Any]]) -> None:
-    """One case: the cells of the Markdown table, with the remarks below where they have room."""
-    from .harness.table import cells, remarks
-
-    headings, lines = cells(rows, "case", "remarks")
-    drawn = Table(*headings, title=escape(rows[0]["case"]), title_justify="left")
-    for line in lines:
-        drawn.add_row(*map(escape, line))
-    console.print(drawn)
-    for row in rows:
-        if row["status"] != "ok":
-            console.print(f"  {escape(row['peer'])}: [red]{escape(remarks(row))}[/red]", highlight=False)
-    if rows[0]["noise"]["noisy"]:
-        console.print(f"  [yellow]noisy: {', '.join(rows[0]['noise']['noisy'])}[/yellow]", highlight=False)
 
 
 def bad(measurement: Measurement) -> bool:

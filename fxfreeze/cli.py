@@ -163,6 +163,7 @@ def bench(
     as_json: Json = False,
 ) -> None:
     """Time every target of a saved artifact beside eager torch, and beside torch.compile where the model is given."""
+    from .bench import table
     from .bench.artifact import Subject, measure
 
     subject = Subject(folder.absolute(), tuple(map(_sizes, sizes)), examples, model, weights)
@@ -180,7 +181,8 @@ def bench(
     if as_json:
         print(json.dumps({"bench": measured}))
     else:
-        _show_bench(measured)
+        _out.print(table.heading(measured[0]), markup=False, highlight=False)
+        table.draw(measured, _out)
     if any(row["status"] in ("wrong", "failed") for row in measured):
         raise ArtifactError("a peer is wrong or failed, see above", where=str(folder))
 
@@ -191,21 +193,6 @@ def _sizes(text: str) -> dict[str, int]:
     if not all(name.strip() and value.strip().isdecimal() for name, _, value in pairs):
         raise PlanError(f"{text!r} is no list of sizes", where="--size", hint="write them as batch=1,tokens=64")
     return {name.strip(): int(value) for name, _, value in pairs}
-
-
-def _show_bench(rows: list[dict[str, Any]]) -> None:
-    from rich.table import Table
-    from rich.text import Text
-
-    from .bench import table
-
-    _out.print(table.heading(rows[0]), markup=False, highlight=False)
-    for name in dict.fromkeys(row["case"] for row in rows):
-        headings, lines = table.cells([row for row in rows if row["case"] == name], "case", "limit", "rounds")
-        drawn = Table(*headings, title=name, title_justify="left", header_style="bold")
-        for line in lines:
-            drawn.add_row(*(Text(cell) for cell in line))
-        _out.print(drawn)
 
 
 @app.command()

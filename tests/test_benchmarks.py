@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import io
 import json
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 
 ROOT = Path(__file__).resolve().parents[1]
 # Only for this import: on sys.path for good, the root would offer its folder `kernels` to every package.
@@ -617,6 +619,18 @@ def test_columns_that_say_nothing_are_left_out() -> None:
     } == dict(zip(headings, lines[1]))
     assert dict(zip(headings, lines[0]))["of roofline"] == ""
     assert table.reached(rows[1] | {"metric": "bytes"}) is table.reached(rows[1] | {"rates": {}}) is None
+
+
+def test_the_terminal_has_a_table_for_each_case_and_remarks_below_it() -> None:
+    rows = [record.row(m, shared()) for m in some_rows()]
+    others = [row | {"case": "another", "noise": {"noisy": ["steal 3.0%"]}} for row in rows]
+    console = Console(width=120, record=True, file=io.StringIO())
+    table.draw([*rows, *others], console)
+    told = [line.rstrip() for line in console.export_text().splitlines()]
+    starts = [told.index("case"), told.index("another")]
+    assert starts[0] == 0 and told[-1] == "  noisy: steal 3.0%" and told.count("  noisy: steal 3.0%") == 1
+    assert told.count("  gone: unavailable: not here") == 2 and "remarks" not in told[1]
+    assert sum("2.000 [2.000, 2.000]" in line for line in told[: starts[1]]) == 1
 
 
 def test_a_difference_inside_the_spread_is_a_tie() -> None:

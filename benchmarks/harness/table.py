@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .case import Work
 from .roofline import bound
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 Row = dict[str, Any]
 UNITS: dict[str, tuple[tuple[float, str], ...]] = {
@@ -143,3 +146,25 @@ def grid(headings: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     """A Markdown table."""
     escaped = [[cell.replace("|", "\\|") for cell in line] for line in lines]
     return "".join(f"| {' | '.join(line)} |\n" for line in [headings, ["---"] * len(headings), *escaped])
+
+
+def draw(rows: Sequence[Row], console: Console) -> None:
+    """A table for each case; the remarks stand below, where they have room."""
+    for case in dict.fromkeys(row["case"] for row in rows):
+        _draw_case([row for row in rows if row["case"] == case], console)
+
+
+def _draw_case(rows: Sequence[Row], console: Console) -> None:
+    from rich.markup import escape
+    from rich.table import Table
+
+    headings, lines = cells(rows, "case", "remarks")
+    drawn = Table(*headings, title=escape(rows[0]["case"]), title_justify="left", header_style="bold")
+    for line in lines:
+        drawn.add_row(*map(escape, line))
+    console.print(drawn)
+    for row in rows:
+        if row["status"] != "ok":
+            console.print(f"  {escape(row['peer'])}: [red]{escape(remarks(row))}[/red]", highlight=False)
+    if noisy := rows[0]["noise"]["noisy"]:
+        console.print(f"  [yellow]noisy: {escape(', '.join(noisy))}[/yellow]", highlight=False)
