@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from . import models
-from .harness import Case, Options, Peer, Unavailable
+from .harness import Case, Options, Peer, Unavailable, libraries
 
 TOLERANCE = 1e-5
 TARGETS = ("torch", "aoti")
@@ -63,7 +63,7 @@ def layer_case(size: Size, seed: int) -> Case:
     build = functools.cache(functools.partial(layer, size, seed))
     limit = LIMIT if size.is_limited else None
     frozen = Peer(
-        "torch.compile, freezing", lambda: models.compiled(copy.copy(build()))
+        "torch.compile, freezing", lambda: libraries.compiled(copy.copy(build()))
     )  # neither may change the model of the others
     ours = (
         Peer(f"fxfreeze, {target}", functools.partial(frozen_layer, build, size, target), limit=limit)

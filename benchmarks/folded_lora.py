@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from . import models
-from .harness import Case, Options, Peer, Unavailable
+from .harness import Case, Options, Peer, Unavailable, libraries
 
 LIMIT = 1.02
 TARGETS = ("torch", "aoti", "onnx")
@@ -145,5 +145,5 @@ class Peft:
 
     def compiled(self) -> Callable[..., Any]:
         merged = self.net().merge_and_unload().requires_grad_(False)
-        fast: Callable[..., Any] = models.compiled(merged)
+        fast: Callable[..., Any] = libraries.compiled(merged)
         return fast

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from torch import nn
 
 from .harness import record
 from .harness.case import Unavailable, WrongOutput
+from .harness.libraries import need
 
 
 def vit_tiny(seed: int) -> nn.Module:
@@ -88,23 +88,6 @@ def size(model: nn.Module) -> int:
     """Bytes of all parameters and buffers; a tied one counts once."""
     tensors = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-
-
-def compiled(module: nn.Module, freezing: bool = True) -> Any:
-    """torch.compile, with the weights frozen into the code or not.
-
-    The setting is the process's, which a peer has for itself. As an option of torch.compile alone, freezing is not seen
-    by dynamo, which passes the weights as inputs: a ResNet-18 then takes twice as long, and integers do not compile.
-    """
-    torch._inductor.config.freezing = freezing  # type: ignore[attr-defined]
-    return torch.compile(module)
-
-
-def need(package: str) -> Any:
-    try:
-        return importlib.import_module(package)
-    except ImportError as error:
-        raise Unavailable(f"needs {package}, which is not installed") from error
 
 
 def outputs_without_target(artifact: Any, emitted: Any, *args: Any, **kwargs: Any) -> Any:

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import models, runtime
-from .harness import PEAK_MEMORY, Case, Metric, Options, Peer, Reading, Unavailable
+from . import models
+from .harness import PEAK_MEMORY, Case, Metric, Options, Peer, Reading, Unavailable, runtime
 from .harness.case import relative_error
 from .harness.memory import peak_above
 

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import gate_modes, models, select_lora
-from .harness import LATENCY, Case, Options, Peer, Unavailable
+from . import gate_modes, select_lora
+from .harness import LATENCY, Case, Options, Peer, Unavailable, libraries
 from .suite.peers import exported_session, keeping
 
 SUITE = "cpu"
@@ -54,7 +54,7 @@ def adapters_case(adapters: int, options: Options) -> Case:
         peers=(
             Peer("by hand, ONNX Runtime", lambda: exported_session(Selecting(chosen), batch(chosen), ("words", "ids"))),
             Peer("by hand, torch.compile, freezing",
-                 lambda: models.compiled(Selecting(chosen))),
+                 lambda: libraries.compiled(Selecting(chosen))),
             Peer("peft, adapter_names", functools.partial(named, chosen)),
             *(Peer(f"fxfreeze, {target}", functools.partial(ours, target))
               for target in (TARGETS[:1] if options.quick else TARGETS)),
@@ -125,7 +125,7 @@ def modes_case(modes: int, options: Options) -> Case:
         name=f"{modes:,} modes, {BLOCK}",
         peers=(
             Peer("by hand, ONNX Runtime", lambda: exported_session(Moded(gated), rows(gated), ("x", "mode"))),
-            Peer("by hand, torch.compile, freezing", lambda: models.compiled(Moded(gated))),
+            Peer("by hand, torch.compile, freezing", lambda: libraries.compiled(Moded(gated))),
             *(Peer(f"fxfreeze, {target}", functools.partial(ours, target))
               for target in (TARGETS[:1] if options.quick else TARGETS)),
         ),

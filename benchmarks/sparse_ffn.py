@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from . import models
-from .harness import Case, Options, Peer, Unavailable
+from .harness import Case, Options, Peer, Unavailable, libraries
 
 TOLERANCE = 1e-5
 TARGETS = ("torch", "aoti")
@@ -114,7 +114,7 @@ def peers(build: Callable[[], nn.Module]) -> tuple[Peer, Peer]:
     """torch.compile, without freezing and with; neither may change the model of the others."""
     return (
         Peer("torch.compile", lambda: torch.compile(copy.copy(build()))),
-        Peer("torch.compile, freezing", lambda: models.compiled(copy.copy(build()))),
+        Peer("torch.compile, freezing", lambda: libraries.compiled(copy.copy(build()))),
     )
 
 

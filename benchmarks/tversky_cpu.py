@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from . import models
-from .harness import Case, Options, Peer, Unavailable
+from .harness import Case, Options, Peer, Unavailable, libraries
 
 TOLERANCE = 1e-5
 ROUNDINGS = 32
@@ -65,7 +65,7 @@ def head_cases(size: Size, kind: tuple[str, str, str], seed: int, *, every: bool
     packaged = (
         Peer("tversky", build),
         Peer("tversky, torch.compile", lambda: torch.compile(copy.deepcopy(build()))),
-        Peer("tversky, torch.compile, freezing", lambda: models.compiled(copy.deepcopy(build()))),
+        Peer("tversky, torch.compile, freezing", lambda: libraries.compiled(copy.deepcopy(build()))),
     )  # fmt: skip
 
     def ours(limit: float) -> tuple[Peer, ...]:

@@ -5,10 +5,7 @@ Nothing here knows fxfreeze, but for :func:`fxfreeze`. What a library cannot do 
 
 from __future__ import annotations
 
-import contextlib
-import copy
 import functools
-import io
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,12 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import models, runtime
+from .. import models
 from .. import peers as environments
-from ..harness import Peer
+from ..harness import Peer, libraries, runtime
 from . import plans
 from .networks import Network
-from .plans import RANK, Variant
+from .plans import Variant
 
 Call = Callable[..., Any]
 Build = Callable[[Network, Variant], nn.Module]
@@ -42,19 +39,11 @@ def merged(network: Network, variant: Variant) -> nn.Module:
 
 def peft(network: Network, variant: Variant) -> Any:
     """The network with peft's LoRA, which has our A and B."""
-    library = models.need("peft")
-    config = library.LoraConfig(r=RANK, lora_alpha=RANK, target_modules=list(plans.updates(network)))
-    net = library.get_peft_model(copy.deepcopy(network.model), config)
-    for site, (a, b) in plans.updates(network).items():
-        layer = net.base_model.model.get_submodule(site)
-        layer.lora_A["default"].weight.data.copy_(a)
-        layer.lora_B["default"].weight.data.copy_(b)
-    return net.eval().requires_grad_(False)
+    return libraries.peft_lora(network.model, plans.updates(network))
 
 
 def peft_merged(network: Network, variant: Variant) -> nn.Module:
-    module: nn.Module = peft(network, variant).merge_and_unload()
-    return module.eval().requires_grad_(False)
+    return libraries.peft_merged(network.model, plans.updates(network))
 
 
 def torch_pruning(network: Network, variant: Variant) -> nn.Module:
@@ -83,7 +72,7 @@ def eager(build: Build, network: Network, variant: Variant) -> Call:
 
 
 def compiled(build: Build, network: Network, variant: Variant, freezing: bool) -> Call:
-    fast: Call = models.compiled(build(network, variant), freezing)
+    fast: Call = libraries.compiled(build(network, variant), freezing)
     return fast
 
 
@@ -110,26 +99,14 @@ def keeping(call: Any, *held: Any) -> Call:
 def onnx_file(build: Build, network: Network, variant: Variant, folder: Path) -> Path:
     """As torch's own exporter writes it."""
     names = list(network.shapes)
-    return exported(build(network, variant), network.example, names, folder, network.open_sizes())
-
-
-def exported(
-    module: nn.Module, inputs: Sequence[Tensor], names: Sequence[str], folder: Path, sizes: Any = None
-) -> Path:
-    models.need("onnxscript")
-    path = folder / "model.onnx"
-    with contextlib.redirect_stdout(io.StringIO()):  # it tells what it does
-        torch.onnx.export(
-            module, tuple(inputs), str(path), dynamo=True, input_names=names, dynamic_shapes=sizes, external_data=True
-        )
-    return path
+    return runtime.exported(build(network, variant), network.example, names, folder, network.open_sizes())
 
 
 def exported_session(module: nn.Module, inputs: Sequence[Tensor], names: Sequence[str]) -> Call:
     """A module of other cases on ONNX Runtime."""
     models.need("onnxruntime")
     with tempfile.TemporaryDirectory() as folder:
-        return runtime.session(exported(module.eval(), inputs, names, Path(folder)))
+        return runtime.session(runtime.exported(module.eval(), inputs, names, Path(folder)))
 
 
 def onnx_runtime(build: Build, network: Network, variant: Variant) -> Call:
@@ -158,25 +135,9 @@ def nncf(build: Build, network: Network, variant: Variant) -> Call:
 
 
 def torchao(build: Build, network: Network, variant: Variant) -> Call:
-    """PT2E static quantization for x86, through torch.compile with freezing."""
-    models.need("torchao")
-    from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
-    from torchao.quantization.pt2e.quantizer import x86_inductor_quantizer as x86
-
-    quantizer = x86.X86InductorQuantizer()
-    quantizer.set_global(x86.get_default_x86_inductor_quantization_config())
-    exporting = functools.partial(
-        torch.export.export, build(network, variant), network.example, dynamic_shapes=network.open_sizes()
+    fast: Call = libraries.torchao_static(
+        build(network, variant), network.example, network.open_sizes(), network.calibration()
     )
-    with torch.no_grad():
-        try:
-            program = exporting(strict=True)  # else its quantizer takes a ReLU that is called twice for one
-        except Exception:
-            program = exporting()
-        prepared = prepare_pt2e(program.module(), quantizer)
-        for inputs in network.calibration():
-            prepared(*inputs)
-        fast: Call = models.compiled(convert_pt2e(prepared))
     return fast
 
 
