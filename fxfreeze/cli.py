@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -28,9 +28,6 @@ from .errors import (
     PlanError,
     ProofError,
 )
-
-if TYPE_CHECKING:
-    from .plan import Plan
 
 app = typer.Typer(
     help="A compiler for frozen neural networks.",
@@ -46,7 +43,6 @@ CalibrationFile = Annotated[
     Path | None,
     typer.Option(help="Inputs to measure lossy steps on, .safetensors with one tensor per input name; a row a sample."),
 ]
-_CALIBRATION_ROWS = 64
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")]
 
 
@@ -84,7 +80,7 @@ def compile_command(
 ) -> None:
     """Compile a model into a folder of proven artifacts."""
     from . import compile as compile_model
-    from .factory import build_model, load_tensors
+    from .factory import build_model, load_batches, load_tensors
     from .plan import Plan
 
     if out.exists():  # said before minutes are spent
@@ -92,7 +88,7 @@ def compile_command(
     loaded = Plan.load(plan)
     model = build_model(factory, weights)
     inputs = load_tensors(examples) if examples else None
-    batches = _load_batches(calibration, loaded) if calibration else None
+    batches = load_batches(calibration, loaded) if calibration else None
     with progress(quiet=as_json) as say:
         artifact = compile_model(
             model, loaded, example_inputs=inputs, calibration=batches, verify=verify.value, progress=say
@@ -153,6 +149,10 @@ def bench(
         list[str],
         typer.Option("--size", help="Sizes of the symbolic dims, such as batch=1,tokens=64; may be repeated."),
     ] = [],  # noqa: B006 - typer reads it
+    calibration: CalibrationFile = None,
+    adapters: Annotated[
+        Path | None, typer.Option(help="The plan's adapters as they were saved, .safetensors, for peft.")
+    ] = None,
     peer: Annotated[str, typer.Option(help="A glob over the names of peers.")] = "*",
     rounds: Annotated[
         int | None, typer.Option(min=1, help="Rounds of a case; more of them narrow the interval.")
@@ -162,11 +162,16 @@ def bench(
     out: Annotated[Path | None, typer.Option(help="Write JSON lines here.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Time every target of a saved artifact beside eager torch, and beside torch.compile where the model is given."""
+    """Time every target of a saved artifact beside eager torch, and, where the model is given, beside torch.compile and
+    the libraries that do the job of the plan: ONNX Runtime and torchao quantize, peft has LoRAs."""
     from .bench import table
-    from .bench.artifact import Subject, measure
+    from .bench.artifact import is_at_fault, measure
+    from .bench.model import Subject
 
-    subject = Subject(folder.absolute(), tuple(map(_sizes, sizes)), examples, model, weights)
+    subject = Subject(
+        folder.absolute(), tuple(map(_sizes, sizes)), examples, model, weights, calibration=calibration,
+        adapters=adapters,
+    )  # fmt: skip
     with progress(quiet=as_json) as say:
         measured = measure(
             subject,
@@ -183,7 +188,7 @@ def bench(
     else:
         _out.print(table.heading(measured[0]), markup=False, highlight=False)
         table.draw(measured, _out)
-    if any(row["status"] in ("wrong", "failed") for row in measured):
+    if any(map(is_at_fault, measured)):
         raise ArtifactError("a peer is wrong or failed, see above", where=str(folder))
 
 
@@ -209,13 +214,13 @@ def sensitivity(
     """Quantize every layer of a plan alone, and show what that does to the outputs, the most sensitive first."""
     from . import report
     from .api import sensitivity as measure
-    from .factory import build_model, load_tensors
+    from .factory import build_model, load_batches, load_tensors
     from .plan import Plan
 
     loaded = Plan.load(plan)
     model = build_model(factory, weights)
     inputs = load_tensors(examples) if examples else None
-    batches = _load_batches(calibration, loaded) if calibration else None
+    batches = load_batches(calibration, loaded) if calibration else None
     with progress(quiet=as_json) as say:
         rows = measure(model, loaded, example_inputs=inputs, calibration=batches, progress=say)
     found = [row.to_json() for row in rows]
@@ -291,40 +296,6 @@ def _show_demo(result: Any) -> None:
         f"{result.seconds:.0f} s in all",
         highlight=False,
     )
-
-
-def _load_batches(path: Path, plan: Plan) -> list[dict[str, Any]]:
-    """What a file of samples holds, as many rows at a time as the plan's inputs take; a rest that is too few is left.
-
-    Raises:
-        ArtifactError: tensors with different numbers of rows, or fewer than one call takes.
-    """
-    from .factory import load_tensors
-
-    tensors = load_tensors(path)
-    rows = {name: len(value) if value.ndim else 0 for name, value in tensors.items()}
-    if not rows or min(rows.values()) != max(rows.values()) or not min(rows.values()):
-        raise ArtifactError(f"its tensors hold different numbers of samples, or none: {rows}", where=str(path))
-    count, (least, most) = min(rows.values()), _rows_per_call(plan)
-    if count < least:
-        raise ArtifactError(
-            f"{count} samples, and the plan's inputs take {least} at a time", where=str(path),
-            hint="add samples, or let the first size of the inputs be symbolic",
-        )  # fmt: skip
-    size = max(least, min(most, _CALIBRATION_ROWS))
-    return [{name: value[start : start + size] for name, value in tensors.items()}
-            for start in range(0, count - least + 1, size)]  # fmt: skip
-
-
-def _rows_per_call(plan: Plan) -> tuple[int, int]:
-    """The fewest and the most rows that all inputs of a plan take; where they contradict each other, the fewest."""
-    least, most = 1, _CALIBRATION_ROWS
-    for size in (spec.shape[0] for spec in plan.inputs if spec.shape):
-        bounds = plan.dims.get(size) if isinstance(size, str) else None
-        fixed = size if isinstance(size, int) else None
-        least = max(least, fixed or (bounds.min if bounds else 1))
-        most = min(most, fixed or (bounds.max if bounds else None) or most)
-    return least, most
 
 
 def _show(manifest: Any, as_json: bool, *, full: bool = False) -> None:

@@ -1,4 +1,4 @@
-"""A model as a command line names it: a function that builds it, and a file with its weights."""
+"""A model as a command line names it: a function that builds it, and files with its weights and its inputs."""
 
 from __future__ import annotations
 
@@ -7,11 +7,17 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from .errors import ArtifactError, CaptureError, PlanError
+
+if TYPE_CHECKING:
+    from .plan import Plan
+
+_ROWS = 64
+"""Of calibration data, at a time."""
 
 
 def build_model(factory: str, weights: Path | None) -> nn.Module:
@@ -64,3 +70,35 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
         return load_file(path)
     except (OSError, SafetensorError) as error:
         raise ArtifactError(f"cannot read tensors: {error}", where=str(path)) from error
+
+
+def load_batches(path: Path, plan: Plan) -> list[dict[str, Any]]:
+    """What a file of samples holds, as many rows at a time as the plan's inputs take; a rest that is too few is left.
+
+    Raises:
+        ArtifactError: tensors with different numbers of rows, or fewer than one call takes.
+    """
+    tensors = load_tensors(path)
+    rows = {name: len(value) if value.ndim else 0 for name, value in tensors.items()}
+    if not rows or min(rows.values()) != max(rows.values()) or not min(rows.values()):
+        raise ArtifactError(f"its tensors hold different numbers of samples, or none: {rows}", where=str(path))
+    count, (least, most) = min(rows.values()), _rows_per_call(plan)
+    if count < least:
+        raise ArtifactError(
+            f"{count} samples, and the plan's inputs take {least} at a time", where=str(path),
+            hint="add samples, or let the first size of the inputs be symbolic",
+        )  # fmt: skip
+    size = max(least, min(most, _ROWS))
+    return [{name: value[start : start + size] for name, value in tensors.items()}
+            for start in range(0, count - least + 1, size)]  # fmt: skip
+
+
+def _rows_per_call(plan: Plan) -> tuple[int, int]:
+    """The fewest and the most rows that all inputs of a plan take; where they contradict each other, the fewest."""
+    least, most = 1, _ROWS
+    for size in (spec.shape[0] for spec in plan.inputs if spec.shape):
+        bounds = plan.dims.get(size) if isinstance(size, str) else None
+        fixed = size if isinstance(size, int) else None
+        least = max(least, fixed or (bounds.min if bounds else 1))
+        most = min(most, fixed or (bounds.max if bounds else None) or most)
+    return least, most

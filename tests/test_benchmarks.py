@@ -137,6 +137,15 @@ def test_a_peer_may_have_a_reference_of_its_own() -> None:
     assert found["other"].status == "ok" and found["other"].error == 0.0
 
 
+def test_a_peer_that_rounds_more_has_a_tolerance_of_its_own() -> None:
+    clock = FakeClock()
+    bounds = {"in": 0.2, "out": 0.05, "exact": None}
+    rough = [clock.peer(name, lambda n: 0.1, output=1.1, tolerance=bound) for name, bound in bounds.items()]
+    found = run(clock, clock.peer("a", lambda n: 0.1), *rough)
+    assert [found[name].status for name in ("in", "out", "exact")] == ["ok", "wrong", "wrong"]
+    assert [found[name].tolerance for name in ("a", "in", "out")] == [1e-4, 0.2, 0.05]
+
+
 def test_an_artifact_without_a_target_is_judged_by_its_like_with_one_if_that_holds_the_same_program() -> None:
     class Artifact:
         def __init__(self, *hashes: str) -> None:

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 import fxfreeze as fz
 from fxfreeze import cli
-from fxfreeze.factory import _load_weights
+from fxfreeze.factory import _load_weights, load_batches
 
 MODEL = """
 import torch
@@ -241,7 +241,7 @@ def test_batches_of_samples_fit_the_plan(tmp_path: Path, size: Any, bounds: fz.D
     plan = fz.Plan([fz.Input("x", (size, 4))], [], (), dims={"batch": bounds} if bounds else {})
     data = tmp_path / "data.safetensors"
     save_file({"x": torch.randn(100, 4)}, data)
-    assert [len(batch["x"]) for batch in cli._load_batches(data, plan)] == sizes
+    assert [len(batch["x"]) for batch in load_batches(data, plan)] == sizes
 
 
 def test_a_plan_of_a_fixed_batch_is_measured_on_a_file(folder: Path, command, tmp_path: Path):

@@ -80,7 +80,7 @@ TABLE: dict[str, str] = {
     "parity": "binding constants emit margin memory plan program proof report sampling",
     "firing": "kernels program",
     "locks": "",
-    "factory": "",
+    "factory": "plan",
     "artifact": "banks binding emit firing locks lower packed parity plan program report sampling "
     "sensitivity serialize weights _version",
     "adapt": "binding calibration capture margin passes pipeline plan program proof rewrite weights",
@@ -95,7 +95,7 @@ TABLE: dict[str, str] = {
     "nn": "kernels",
     "api": "adapt artifact binding calibration capture emit lower parity passes pipeline plan program proof report "
     "rewrite sampling sensitivity serialize",
-    "bench": "artifact capture factory proof sampling",
+    "bench": "adapt artifact binding calibration capture exporting factory plan proof sampling",
     "demo": "door adapt api artifact plan report",
     "cli": "door adapt api artifact bench demo factory passes plan report rewrite _version",
     "__main__": "cli",
@@ -107,8 +107,8 @@ TABLE: dict[str, str] = {
     "kernels": "",
     "kernel": "kernel-helper",
     "kernel-helper": "",
-    "benchmarks": "artifact capture coupling door emit factory kernel lower nn pass passes plan proof sampling "
-    "serialize",
+    "benchmarks": "adapt artifact binding calibration capture coupling door emit exporting factory kernel lower nn "
+    "pass passes plan proof sampling serialize",
 }
 
 GROUPS = {"kernels": {"kernels", "kernel", "kernel-helper"}}

@@ -1,42 +1,21 @@
-"""A saved artifact: its targets, beside eager torch and the compilers that its owner would use instead."""
+"""A saved artifact: its targets, beside eager torch, and what its owner would use instead."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from . import record
 from .case import Case, Peer, Unavailable
+from .model import Model, Subject
+from .rivals import rivals
 from .worker import runner
 
 MODEL, PROGRAM = "model, eager", "program, eager"
-
-
-@dataclass(frozen=True)
-class Subject:
-    """What is measured, as every process of a peer is told.
-
-    Attributes:
-        folder: the artifact.
-        sizes: an assignment of sizes to the symbolic dims per case; none: the smallest that are allowed.
-        examples: a .safetensors file with inputs, one tensor per name, to crop or repeat; None: random inputs.
-        factory: ``pkg.module:function``, which returns the model that the artifact was compiled from; None: it is
-            not at hand, and the stored program takes its place.
-        weights: of that model, .safetensors.
-    """
-
-    folder: Path
-    sizes: tuple[Mapping[str, int], ...] = ()
-    examples: Path | None = None
-    factory: str | None = None
-    weights: Path | None = None
-    seed: int = 0
 
 
 def cases(subject: Subject) -> Iterator[Case]:
@@ -91,28 +70,32 @@ def measure(
     return rows
 
 
+def is_at_fault(row: dict[str, Any]) -> bool:
+    """Whether the artifact, or what it is compared with, is broken. Of another library that is a result."""
+    return row["status"] in ("wrong", "failed") and row["peer"].startswith(("fxfreeze,", "model,", "program,"))
+
+
 def _case(subject: Subject, artifact: Any, sizes: dict[str, int]) -> Case:
     # A bound that holds for every size the parity check ran at. A lossy plan's truth is its own program.
     bounds = [row["tolerance"] for row in artifact.manifest["parity"]]
-    yours: list[Peer] = []
-    if subject.factory is not None:
-        model = _Model(subject, artifact)
-        yours = [
-            Peer(MODEL, model.eager, reference=model.truth),
-            Peer("model, torch.compile, freezing", model.compiled, reference=model.truth),
-        ]
+    model = Model(subject, artifact)
+    yours = [
+        Peer(MODEL, model.eager, reference=model.truth),
+        Peer("model, torch.compile, freezing", model.compiled, reference=model.truth),
+    ]
     return Case(
         name=", ".join(f"{name} {size}" for name, size in sizes.items()) or "fixed sizes",
         peers=(
-            *yours,
+            *(yours if subject.factory else ()),
             Peer(PROGRAM, lambda: artifact.program.run),
             *(Peer(f"fxfreeze, {name}", _runner(artifact, name)) for name in artifact.targets),
+            *rivals(model),
         ),
-        baseline=MODEL if yours else PROGRAM,
+        baseline=MODEL if subject.factory else PROGRAM,
         reference=lambda *inputs: _truth(artifact.program, inputs),
-        inputs=lambda generator: _inputs(subject, artifact, sizes, generator),
+        inputs=lambda generator: model.inputs(sizes, generator),
         tolerance=max(bounds, default=1e-4),
-        device="cpu" if all(spec.device.type == "cpu" for spec in artifact.interface.inputs) else "cuda",
+        device=model.device,
     )
 
 
@@ -133,46 +116,3 @@ def _truth(program: Any, inputs: tuple[Tensor, ...]) -> Any:
     from fxfreeze.proof import lifted_run
 
     return lifted_run(program, inputs)
-
-
-def _inputs(subject: Subject, artifact: Any, sizes: dict[str, int], generator: torch.Generator) -> tuple[Tensor, ...]:
-    from fxfreeze.errors import ArtifactError
-    from fxfreeze.factory import load_tensors
-    from fxfreeze.sampling import sample_inputs
-
-    examples = None
-    if subject.examples is not None:
-        given = load_tensors(subject.examples)
-        if missing := [spec.name for spec in artifact.interface.inputs if spec.name not in given]:
-            raise ArtifactError(f"no tensor is named {', '.join(missing)}", where=str(subject.examples))
-        examples = [given[spec.name] for spec in artifact.interface.inputs]
-    seed = int(torch.randint(2**31, (), generator=generator))
-    return tuple(sample_inputs(artifact.interface.inputs, sizes, seed, examples))
-
-
-class _Model:
-    """The caller's model, flat tensors to flat tensors."""
-
-    def __init__(self, subject: Subject, artifact: Any) -> None:
-        self.subject, self.artifact = subject, artifact
-
-    def build(self) -> nn.Module:
-        from fxfreeze.capture import FlatModel
-        from fxfreeze.factory import build_model
-
-        assert self.subject.factory is not None
-        model = build_model(self.subject.factory, self.subject.weights).eval().requires_grad_(False)
-        interface = self.artifact.interface
-        return FlatModel(model, [spec.name for spec in interface.inputs if not spec.select], interface.outputs)
-
-    def eager(self) -> Callable[..., Any]:
-        return self.build()
-
-    def compiled(self) -> Callable[..., Any]:
-        # The switch of the whole process, which the peer has for itself: dynamo does not see the option of a call.
-        torch._inductor.config.freezing = True  # type: ignore[attr-defined]
-        fast: Callable[..., Any] = torch.compile(self.build())
-        return fast
-
-    def truth(self, *inputs: Tensor) -> Any:
-        return self.build().double()(*(x.double() if x.is_floating_point() else x for x in inputs))

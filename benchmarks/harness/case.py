@@ -55,13 +55,15 @@ class Peer:
     `prepare()` builds and returns the callable that is measured, to be called with the case's inputs. It
     raises `Unavailable` or ImportError where the peer cannot run. `observe` turns a result into the outputs
     to compare, untimed, for instance by calling a freshly compiled model. `reference` replaces the case's where
-    the peer is to compute another function. `limit` is the largest accepted ratio to the baseline.
+    the peer is to compute another function, `tolerance` the case's where it rounds more. `limit` is the largest
+    accepted ratio to the baseline.
     """
 
     name: str
     prepare: Callable[[], Callable[..., Any]]
     observe: Callable[[Any], Any] | None = None
     reference: Callable[..., Any] | None = None
+    tolerance: float | None = None
     limit: float | None = None
 
 
@@ -105,6 +107,9 @@ class Case:
             raise ValueError(f"case {self.name!r}: two peers share a name: {names}")
         if self.baseline not in names:
             raise ValueError(f"case {self.name!r}: the baseline {self.baseline!r} is not one of {names}")
+
+    def tolerance_of(self, peer: Peer) -> float:
+        return self.tolerance if peer.tolerance is None else peer.tolerance
 
 
 @dataclass(frozen=True)

@@ -202,7 +202,7 @@ class Runner:
             baseline=case.baseline,
             limit=limit,
             verdict=ratio.verdict(limit) if ratio else None if limit is None else "not measured",
-            tolerance=case.tolerance,
+            tolerance=case.tolerance_of(entry.peer),
             error=error if error is not None and math.isfinite(error) else None,
             inputs=facts.get("inputs"),
             peak_memory=facts.get("peak_memory"),

@@ -159,8 +159,8 @@ class Local:
     def _judge(self, error: float) -> None:
         """Keep the largest error seen. Raises WrongOutput above the tolerance, and for NaN."""
         self.error = error if self.error is None or math.isnan(error) else max(error, self.error)
-        if not error <= self.case.tolerance:
-            raise WrongOutput(f"relative error {error:.3g} above the tolerance {self.case.tolerance:g}")
+        if not error <= (tolerance := self.case.tolerance_of(self.peer)):
+            raise WrongOutput(f"relative error {error:.3g} above the tolerance {tolerance:g}")
 
 
 @contextlib.contextmanager
