@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import fnmatch
 import importlib
 import os
@@ -20,6 +21,7 @@ from rich.markup import escape
 
 if TYPE_CHECKING:
     from .harness import Case, Options
+    from .harness.nursery import Nursery
     from .harness.runner import Measurement
 
 FOLDER = Path(__file__).resolve().parent
@@ -118,7 +120,8 @@ def run(
     if name not in benchmarks():
         raise fail(f"no benchmark is named {name!r}; there are {', '.join(benchmarks())}")
     request = Request(pin_threads(threads), seed, quick, rounds, case, peer)
-    measured = request.measure(name, out)
+    with request.workers() as workers:
+        measured = request.measure(name, out, workers)
     if not measured:
         raise fail(f"no case of {name} matches {case!r}")
     raise typer.Exit(int(any(bad(m) for m in measured)))
@@ -144,7 +147,8 @@ def suite(
         raise fail(f"no suite {name!r}; there are {', '.join(sorted({b.suite for b in found.values() if b.suite}))}")
     request = Request(pin_threads(threads), seed, quick, rounds, case, peer)
     started = time.perf_counter()
-    measured = [m for item in names for m in request.measure(item, None)]
+    with request.workers() as workers:
+        measured = [m for item in names for m in request.measure(item, None, workers)]
     if not measured:
         raise fail(f"no case of the suite {name} matches {case!r}")
     console.print(f"{len(measured)} measurements in {time.perf_counter() - started:.0f} s")
@@ -178,7 +182,13 @@ class Request:
         words += [f"{key} {shlex.quote(str(value))}" for key, value in given.items() if value not in (None, "*")]
         return " ".join(words)
 
-    def measure(self, name: str, out: Path | None) -> list[Measurement]:
+    def workers(self) -> contextlib.closing[Nursery]:
+        """What all that is measured is forked from."""
+        from .harness.worker import nursery
+
+        return nursery("benchmarks.libraries", self.threads)
+
+    def measure(self, name: str, out: Path | None, workers: Nursery) -> list[Measurement]:
         """Run one benchmark, and write its result file where all of it was run."""
         from .harness import Options, Unavailable, record
         from .harness.noise import load_average, reasons
@@ -194,8 +204,8 @@ class Request:
         with record.Writer(out, shared) as writer, console.status(name) as status:
             options = Options(seed=self.seed, quick=self.quick)
             running = runner(
-                f"benchmarks.{name}", options, threads=self.threads, seed=self.seed, rounds=self.rounds,
-                quick=self.quick, peer=self.peer, say=lambda text: status.update(escape(text)),
+                f"benchmarks.{name}", options, workers, seed=self.seed, rounds=self.rounds, quick=self.quick,
+                peer=self.peer, say=lambda text: status.update(escape(text)),
             )  # fmt: skip
             try:
                 for case in selected(name, options, self.case):

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import io
 import json
+import os
+import signal
 import subprocess
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +46,10 @@ try:
         table,
         worker,
     )
+    from benchmarks.harness import nursery as nursery_module
     from benchmarks.harness.case import WrongOutput, relative_error
     from benchmarks.harness.clock import calibrate, clock_for, wall_clock
+    from benchmarks.harness.nursery import Nursery
     from benchmarks.harness.runner import Measurement, Runner, round_orders
 finally:
     sys.path.remove(str(ROOT))
@@ -479,8 +485,9 @@ def remote(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], d
         file = importlib.import_module("a_benchmark")
         case = next(case for case in file.cases(options) if case.name == name)
         source = worker.Source("a_benchmark", options, (name, case.metric.name), threads=1, seed=3)
-        seats = functools.partial(worker.worker_seats, source=lambda case: source)
-        return {m.peer: m for m in Runner(quick=True, rounds=4, seats=seats, builders=2).run(case)}
+        with worker.nursery("a_benchmark", threads=1) as workers:
+            seats = functools.partial(worker.worker_seats, source=lambda case: source, nursery=workers)
+            return {m.peer: m for m in Runner(quick=True, rounds=4, seats=seats, builders=2).run(case)}
 
     return measured
 
@@ -505,14 +512,102 @@ def test_a_reference_that_dies_leaves_rows(remote: Callable[[str], dict[str, Mea
     assert [(m.status, m.value) for m in remote("no reference").values()] == [("failed", None)]
 
 
-def test_a_peer_that_takes_too_long_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+SERVED = """
+import os, signal, time
+STATE = []
+
+def serve(pipe):
+    with pipe:
+        while True:
+            try:
+                word = pipe.recv()
+            except EOFError:
+                return
+            STATE.append(word)
+            if word == "die":
+                os.kill(os.getpid(), signal.SIGKILL)
+            print(f"heard {word}", flush=True)
+            pipe.send((list(STATE), os.getpid(), os.environ["OMP_NUM_THREADS"]))
+
+def deaf(pipe):
+    time.sleep(60)
+"""
+
+
+@pytest.fixture
+def nursery(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Nursery]:
+    (tmp_path / "served.py").write_text(SERVED)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with contextlib.closing(Nursery("served", "served:serve", threads=7)) as made:
+        yield made
+
+
+def test_workers_are_forked_and_share_nothing(nursery: Nursery, tmp_path: Path) -> None:
+    workers = [nursery.fork(tmp_path / f"{number}.log") for number in range(2)]
+    for word, (pid, pipe) in zip(("one", "two"), workers):
+        pipe.send(word)
+        assert pipe.recv() == ([word], pid, "7")
+    for number, (word, (pid, pipe)) in enumerate(zip(("one", "two"), workers)):
+        pipe.close()  # and each hears it, though the other was forked beside it
+        assert nursery.wait(pid, 10) == "0"
+        assert (tmp_path / f"{number}.log").read_text() == f"heard {word}\n"
+
+
+def test_a_worker_that_is_killed_harms_no_other(nursery: Nursery, tmp_path: Path) -> None:
+    (dead, dying), (pid, pipe) = (nursery.fork(tmp_path / name) for name in "ab")
+    dying.send("die")
+    with pytest.raises(EOFError):
+        dying.recv()
+    assert nursery.wait(dead, 10) == "-9" and nursery.wait(pid, 0) == nursery_module.ALIVE
+    assert nursery.wait(dead, 0) == nursery_module.GONE
+    pipe.send("go on")
+    assert pipe.recv()[0] == ["go on"]
+
+
+def test_workers_end_with_those_who_asked_for_them(nursery: Nursery, tmp_path: Path) -> None:
+    """The nursery hears that its line is closed, and so does a worker, whichever of them is first."""
+    pid, pipe = nursery.fork(tmp_path / "log")
+    pipe.send("word")
+    pipe.recv()
+    nursery.close()
+    assert nursery.process is not None and nursery.process.returncode == 0
+    pipe.close()
+    deadline = time.monotonic() + 10
+    while Path(f"/proc/{pid}").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not Path(f"/proc/{pid}").exists()
+
+
+def test_without_a_nursery_there_are_rows_that_say_so(nursery: Nursery, tmp_path: Path) -> None:
+    source = worker.Source("a_benchmark", harness.Options(), ("case", "latency"), threads=7, seed=0)
+    nursery.fork(tmp_path / "log")
+    os.kill(nursery.pids[0], signal.SIGKILL)
+    with pytest.raises(worker.Dropped, match="has ended with status -9"):
+        worker.Process(source, nursery, tmp_path / "log").ask("task")
+    assert nursery.wait(1, 5) == nursery_module.GONE
+
+
+def test_a_peer_that_takes_too_long_is_ended(nursery: Nursery, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(worker, "PATIENCE", 0.01)
-    source = worker.Source("a_benchmark", harness.Options(), ("case", "latency"), threads=1, seed=0)
-    process = worker.Process(source, tmp_path / "log")
+    monkeypatch.setattr(nursery, "serve", "served:deaf")
+    process = worker.Process(worker.Source("", None, ("", ""), threads=7, seed=0), nursery, tmp_path / "log")
     with pytest.raises(worker.Dropped, match="no answer in"):
-        process.ask("task", tmp_path / "task.pt")
+        process.ask("task")
+    monkeypatch.undo()
+    monkeypatch.setattr(worker, "GRACE", 0.01)
     process.close()
-    assert process.child is not None and process.child.poll() is not None
+    assert process.pid is not None and not Path(f"/proc/{process.pid}").exists()
+
+
+def test_what_is_forked_from_computed_nothing() -> None:
+    """Threads and devices do not survive a fork."""
+    code = ("import os, sys, benchmarks.libraries, torch; "
+            "assert not torch.cuda.is_initialized() and not torch.cuda._is_in_bad_fork(); "
+            "assert not {'onnxruntime', 'peft', 'torch_pruning', 'fxfreeze'} & sys.modules.keys(); "
+            "assert {'timm', 'transformers', 'onnxscript'} <= sys.modules.keys(); "
+            "assert len(os.listdir('/proc/self/task')) == 1, os.listdir('/proc/self/task')")  # fmt: skip
+    environment = os.environ | dict.fromkeys(nursery_module.THREAD_VARIABLES, "1")
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, check=True)
 
 
 # ---- memory of a child process

@@ -13,7 +13,7 @@ from . import record
 from .case import Case, Peer, Unavailable
 from .model import Model, Subject
 from .rivals import rivals
-from .worker import runner
+from .worker import nursery, runner
 
 MODEL, PROGRAM = "model, eager", "program, eager"
 
@@ -56,13 +56,10 @@ def measure(
         PlanError: sizes that its inputs do not have.
     """
     threads = threads or os.cpu_count() or 1
-    running = runner(
-        f"{__package__}.artifact", subject, threads=threads, seed=subject.seed, rounds=rounds, quick=quick, peer=peer,
-        say=say,
-    )  # fmt: skip
     shared = record.environment(subject.folder.name, threads=threads, quick=quick, seed=subject.seed, command=command)
-    rows = []
-    with record.Writer(out, shared) as writer:
+    file, rows = f"{__package__}.artifact", []
+    with record.Writer(out, shared) as writer, nursery(file, threads) as workers:
+        running = runner(file, subject, workers, seed=subject.seed, rounds=rounds, quick=quick, peer=peer, say=say)
         for case in cases(subject):
             found = running.run(case)
             writer.write(found)

@@ -94,6 +94,7 @@ class Runner:
         seats: where peers run; in this process, unless given.
         builders: peers that are prepared at a time.
         wanted: whether a peer is measured; the baseline is, in any case.
+        kin: tells process ids of more that is our own work, beside those of the seats.
         clock: replaces the device's own (tests).
         say: hears what is going on.
     """
@@ -107,12 +108,13 @@ class Runner:
         seats: Seats | None = None,
         builders: int = 1,
         wanted: Callable[[str], bool] = lambda name: True,
+        kin: Callable[[], Sequence[int]] = list,
         clock: Clock | None = None,
         say: Callable[[str], None] = lambda message: None,
     ) -> None:
         self.rounds, self.quick, self.seed, self.say = rounds, quick, seed, say
         self.seats: Seats = seats or partial(local_seats, clock=clock)
-        self.builders, self.wanted = builders, wanted
+        self.builders, self.wanted, self.kin = builders, wanted, kin
         self.target = 0.01 if quick else 0.05  # seconds of one sample of a looped metric
 
     def run(self, case: Case) -> list[Measurement]:
@@ -145,7 +147,7 @@ class Runner:
             self.say(f"{case.name}: warming up {entry.peer.name}")
             entry.go(lambda seat: seat.warm_up(self.target))
         pids = [entry.seat.pid for entry in entries if entry.seat is not None and entry.status == "ok"]
-        meter = NoiseMeter([pid for pid in pids if pid is not None])
+        meter = NoiseMeter([*self.kin(), *(pid for pid in pids if pid is not None)])
         self._measure(case, [entry for entry in entries if entry.status == "ok"])
         noise = meter.read()
         for entry in entries:

@@ -1,4 +1,4 @@
-"""A peer in a process of its own, `python -m` this module, which is told what to do through a pipe.
+"""A peer in a process of its own, forked from a nursery, which is told what to do through a pipe.
 
 What one peer loads, sets, spoils or crashes does not touch another, and its memory is its own. The processes of a case
 live side by side and wait, so that rounds are interleaved as they are in one process.
@@ -11,25 +11,25 @@ import functools
 import importlib
 import itertools
 import os
-import subprocess
-import sys
+import signal
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
-from multiprocessing.connection import Connection, Pipe
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 from .case import Case
+from .nursery import ALIVE, Nursery
 from .runner import Runner
 from .seat import Dropped, Local, Seat, Task, dropped
 
-ROOT = Path(__file__).resolve().parents[2]
-THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
-"""Read when torch and numpy are imported."""
+SERVE = f"{__name__}:serve"
 PATIENCE = 1800.0
 """Seconds that a peer may take for one thing."""
+GRACE = 5.0
+"""Seconds that it may take to end."""
 
 
 @dataclass(frozen=True)
@@ -50,61 +50,43 @@ class Source:
 
 
 class Process:
-    """A worker, and what it answers. It is started by the first thing it is asked."""
+    """A worker, and what it answers. It is forked by the first thing it is asked."""
 
-    def __init__(self, source: Source, log: Path) -> None:
-        self.source, self.log = source, log
-        self.child: subprocess.Popen[bytes] | None = None
+    def __init__(self, source: Source, nursery: Nursery, log: Path) -> None:
+        self.source, self.nursery, self.log = source, nursery, log
+        self.pid: int | None = None
         self.pipe: Connection | None = None
-
-    @property
-    def pid(self) -> int | None:
-        return self.child.pid if self.child else None
 
     def ask(self, *words: Any) -> Any:
         """What the worker answers to `words`. Raises Dropped, also where it dies or takes too long."""
-        if self.pipe is None:
-            self._start()
-        assert self.pipe is not None
         try:
+            if self.pipe is None:
+                self.pid, self.pipe = self.nursery.fork(self.log)
+                self.pipe.send(self.source)
             self.pipe.send(words)
             if not self.pipe.poll(PATIENCE):
                 raise Dropped("failed", f"no answer in {PATIENCE:.0f} s")
             answer = self.pipe.recv()
-        except (EOFError, OSError):
-            raise Dropped("failed", self._last_words()) from None
+        except (EOFError, OSError) as error:
+            raise Dropped("failed", self._last_words() if self.pid else str(error)) from None
         if isinstance(answer, Dropped):
             raise answer
         return answer
 
-    def _start(self) -> None:
-        self.pipe, theirs = Pipe()
-        with self.log.open("wb") as log:
-            self.child = subprocess.Popen(
-                [sys.executable, "-m", __name__, str(theirs.fileno())],
-                cwd=ROOT if __name__.startswith("benchmarks.") else None, pass_fds=[theirs.fileno()],
-                env=os.environ | dict.fromkeys(THREAD_VARIABLES, str(self.source.threads)),
-                stdin=subprocess.DEVNULL, stdout=log, stderr=log,
-            )  # fmt: skip
-        theirs.close()
-        self.pipe.send(self.source)
-
     def _last_words(self) -> str:
-        assert self.child is not None
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self.child.wait(10)
+        assert self.pid is not None
+        status = self.nursery.wait(self.pid, GRACE)
         said = self.log.read_text(errors="replace").strip().splitlines()[-1:] or ["it said nothing"]
-        return f"its process ended with status {self.child.poll()}: {said[0]}"
+        return f"its process ended with status {status}: {said[0]}"
 
     def close(self) -> None:
-        if self.pipe is not None:
-            self.pipe.close()  # which ends the worker's loop
-        if self.child is not None:
-            try:
-                self.child.wait(5)
-            except subprocess.TimeoutExpired:
-                self.child.kill()
-                self.child.wait()
+        """End it. One that does not hear that its pipe is closed is killed."""
+        if self.pipe is None or self.pid is None or self.pipe.closed:
+            return
+        self.pipe.close()
+        if self.nursery.wait(self.pid, GRACE) == ALIVE:
+            os.kill(self.pid, signal.SIGKILL)
+            self.nursery.wait(self.pid, PATIENCE)
 
 
 class Remote:
@@ -142,35 +124,43 @@ class Remote:
 
 
 @contextlib.contextmanager
-def worker_seats(case: Case, peers: Sequence[int], seed: int, source: Callable[[Case], Source]) -> Iterator[list[Seat]]:
+def worker_seats(
+    case: Case, peers: Sequence[int], seed: int, source: Callable[[Case], Source], nursery: Nursery
+) -> Iterator[list[Seat]]:
     """Seats for those of the case's peers, each in a worker; a first one computes the references and ends."""
     with tempfile.TemporaryDirectory(prefix="fxfreeze-bench-") as name, contextlib.ExitStack() as stack:
         folder, found = Path(name), source(case)
-        first = Process(found, folder / "reference.log")
+        first = Process(found, nursery, folder / "reference.log")
         try:
             first.ask("task", folder / "task.pt")
         finally:
             first.close()
         seats: list[Seat] = []
         for index in peers:
-            process = Process(found, folder / f"{index}.log")
+            process = Process(found, nursery, folder / f"{index}.log")
             stack.callback(process.close)
             seats.append(Remote(process, index, folder / "task.pt"))
         yield seats
 
 
+def nursery(preload: str, threads: int) -> contextlib.closing[Nursery]:
+    """Where workers come from, until the context ends; with the module `preload` they have imported what they share."""
+    return contextlib.closing(Nursery(preload, SERVE, threads))
+
+
 def runner(
-    module: str, options: Any, *, threads: int, seed: int, rounds: int | None, quick: bool, peer: str,
+    module: str, options: Any, workers: Nursery, *, seed: int, rounds: int | None, quick: bool, peer: str,
     say: Callable[[str], None],
 ) -> Runner:  # fmt: skip
     """Runs what `cases(options)` of a module yields, a process for each peer whose name the glob `peer` takes."""
 
     def source(case: Case) -> Source:
-        return Source(module, options, (case.name, case.metric.name), threads, seed)
+        return Source(module, options, (case.name, case.metric.name), workers.threads, seed)
 
     return Runner(
         rounds=rounds, quick=quick, seed=seed, say=say, builders=os.cpu_count() or 1,
-        wanted=lambda name: fnmatch(name, peer), seats=functools.partial(worker_seats, source=source),
+        wanted=lambda name: fnmatch(name, peer), kin=lambda: workers.pids,
+        seats=functools.partial(worker_seats, source=source, nursery=workers),
     )  # fmt: skip
 
 
@@ -210,8 +200,3 @@ def _heard(pipe: Connection) -> Iterator[Any]:
     with contextlib.suppress(EOFError):
         for _ in itertools.count():
             yield pipe.recv()
-
-
-if __name__ == "__main__":
-    # As a module of the package, so that what is sent has the classes of the other side.
-    importlib.import_module(f"{__package__}.worker").serve(Connection(int(sys.argv[1])))
