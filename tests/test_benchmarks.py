@@ -241,6 +241,7 @@ def test_every_round_has_every_peer_once_and_starts_vary() -> None:
 def test_rounds_are_interleaved_as_ordered() -> None:
     clock = FakeClock()
     run(clock, *(clock.peer(name, lambda n: 1.0) for name in "abc"), rounds=8, metric=DURATION)
+    assert clock.log[:3] == ["c", "b", "a"]  # whoever takes longest to build stands last, and begins
     timed = clock.log[3:]  # after one check each
     assert timed == ["abc"[index] for order in round_orders(3, 8, seed=3) for index in order]
 
@@ -439,7 +440,7 @@ def test_the_rates_of_this_machine_are_measured(monkeypatch: pytest.MonkeyPatch)
 MODULE = """
 import functools, os, time
 import torch
-from benchmarks.harness import Case, Peer, Unavailable
+from benchmarks.harness import Case, Peer, Unavailable, Work
 
 def absent():
     raise Unavailable(f"needs {OPTIONS.seed} more")
@@ -468,7 +469,8 @@ def cases(options):
                "exits": says_why, "wrong": lambda: lambda x: x * 3, "dies later": dies_later}
     yield Case("other", (Peer("a", absent),), baseline="a", reference=lambda: None)
     yield Case("case", tuple(Peer(name, made) for name, made in prepare.items()), baseline="good",
-               reference=lambda x: x.double() * 2, inputs=lambda g: (torch.randn(4, generator=g),))
+               reference=lambda x: x.double() * 2, inputs=lambda g: (torch.randn(4, generator=g),),
+               work=lambda: Work(os.getpid(), 2, "float64"))
     yield Case("no reference", (Peer("a", lambda: busy),), baseline="a", reference=lambda x: os.abort(),
                inputs=lambda g: (torch.zeros(1),))
 """
@@ -505,6 +507,8 @@ def test_peers_run_in_processes_and_one_that_dies_is_a_row(remote: Callable[[str
     assert good.value is not None and good.value > 0.002 and good.rounds == 4 and good.error == 0.0
     assert good.peak_memory is not None and good.peak_memory > 2**20
     assert good.inputs is not None and good.inputs["sets"] > 2
+    assert good.work is not None and good.work["operations"] != os.getpid() and good.work["dtype"] == "float64"
+    assert all(m.work == good.work for m in found.values())  # those too that have no time
     assert found["process"].ratio is not None and found["process"].ratio["value"] < 1  # type: ignore[operator]
 
 

@@ -8,7 +8,7 @@ import math
 import random
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -127,22 +127,16 @@ class Runner:
             for entry in entries:
                 entry.drop("unavailable", "no CUDA device")
             return self._summarise(case, entries, NoiseMeter().read())
-        self.say(f"{case.name}: computing the references")
-        with contextlib.ExitStack() as stack:
-            try:
-                seats = stack.enter_context(self.seats(case, chosen, self.seed))
-            except Dropped as out:  # the references' own process
-                for entry in entries:
-                    entry.drop(out.status, out.reason)
-                seats = []
-            for entry, seat in zip(entries, seats, strict=False):
+        with self.seats(case, chosen, self.seed) as seats:
+            for entry, seat in zip(entries, seats, strict=True):
                 entry.seat = seat
             return self._summarise(case, entries, self._contest(case, entries))
 
     def _contest(self, case: Case, entries: list[Entry]) -> dict[str, Any]:
         """Take all peers through the case; how quiet the machine was."""
         with ThreadPoolExecutor(max(self.builders, 1)) as pool:
-            list(pool.map(lambda entry: self._prepare(case, entry), entries))
+            # Compilers to machine code stand last and take longest: they begin, so that no builder is alone at the end.
+            list(pool.map(lambda entry: self._prepare(case, entry), reversed(entries)))
         for entry in entries:
             self.say(f"{case.name}: warming up {entry.peer.name}")
             entry.go(lambda seat: seat.warm_up(self.target))
@@ -175,7 +169,8 @@ class Runner:
 
     def _summarise(self, case: Case, entries: list[Entry], noise: dict[str, Any]) -> list[Measurement]:
         base = next(entry.samples for entry in entries if entry.peer.name == case.baseline)
-        work = asdict(case.work()) if case.work else None
+        known = [entry.seat.facts.get("work") for entry in entries if entry.seat]
+        work = next(filter(None, known), None)
         return [self._measurement(case, entry, base, work, noise) for entry in entries]
 
     def _measurement(

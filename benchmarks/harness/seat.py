@@ -7,13 +7,13 @@ import copy
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
 import torch
 
 from . import memory
-from .case import Case, Peer, Reading, Unavailable, WrongOutput, flatten, relative_error
+from .case import Case, Reading, Unavailable, Work, WrongOutput, flatten, relative_error
 from .child import peak_rss
 from .clock import Clock, calibrate, clock_for, loop
 from .rotation import rotated
@@ -37,7 +37,7 @@ class Seat(Protocol):
     Attributes:
         error: the largest error of an output so far.
         inner: calls in a sample.
-        facts: the input sets and the memory, as far as they are known.
+        facts: the input sets, the memory, and what a call must do, as far as they are known.
         pid: of the process it runs in, None for this one.
     """
 
@@ -62,21 +62,24 @@ class Seat(Protocol):
 
 @dataclass(frozen=True)
 class Task:
-    """What is asked of the peers of a case: input sets, and per peer the outputs for each, or why there are none."""
+    """What is asked of the peers of a case: input sets, and per peer the outputs for each, or why there are none; and
+    what a call must do at least."""
 
     inputs: list[tuple[Any, ...]]
     expected: list[list[Any] | Dropped]
+    work: Work | None = None
 
     @classmethod
     def of(cls, case: Case, seed: int) -> Task:
-        """References are computed once, each on a copy of the inputs, before any peer runs."""
+        """References are computed once, each on a copy of the inputs."""
         generator = torch.Generator().manual_seed(seed)
         sets = [case.inputs(generator) for _ in range(CHECKED if case.metric.looped else 1)]
         known: dict[Callable[..., Any], list[Any] | Dropped] = {}
         for reference in [peer.reference or case.reference for peer in case.peers]:
             if reference not in known:
                 known[reference] = _outputs(reference, sets)
-        return cls(sets, [known[peer.reference or case.reference] for peer in case.peers])
+        expected = [known[peer.reference or case.reference] for peer in case.peers]
+        return cls(sets, expected, case.work() if case.work else None)
 
 
 @torch.no_grad()
@@ -88,14 +91,15 @@ def _outputs(reference: Callable[..., Any], sets: Sequence[tuple[Any, ...]]) -> 
 
 
 class Local:
-    """A seat in this process."""
+    """A seat in this process, of the peer with that index; `task` is asked for when the peer is built."""
 
-    def __init__(self, case: Case, peer: Peer, inputs: list[tuple[Any, ...]], expected: list[Any] | Dropped,
-                 clock: Clock | None = None) -> None:  # fmt: skip
-        self.case, self.peer, self.expected = case, peer, expected
+    def __init__(self, case: Case, index: int, task: Callable[[], Task], clock: Clock | None = None) -> None:
+        self.case, self.index, self.task = case, index, task
+        self.peer = case.peers[index]
         self.clock = clock or clock_for(case.device)
-        self.sets = copy.deepcopy(inputs)
-        self.turn: Iterator[tuple[Any, ...]] = itertools.cycle(self.sets)
+        self.sets: list[tuple[Any, ...]] = []
+        self.expected: list[Any] = []
+        self.turn: Iterator[tuple[Any, ...]] = iter(())
         self.call: Callable[..., Any] | None = None
         self.error: float | None = None
         self.inner = 1
@@ -104,10 +108,22 @@ class Local:
     pid = None
 
     def prepare(self) -> None:
-        if isinstance(self.expected, Dropped):
-            raise self.expected
+        self.build()
+        self.check()
+
+    def build(self) -> None:
         with _reported(""):
             self.call = self.peer.prepare()
+
+    def check(self) -> None:
+        task = self.task()
+        self.facts["work"] = asdict(task.work) if task.work else None
+        expected = task.expected[self.index]
+        if isinstance(expected, Dropped):
+            raise expected
+        self.sets, self.expected = copy.deepcopy(task.inputs), expected
+        self.turn = itertools.cycle(self.sets)
+        with _reported(""):
             self._check()
 
     def warm_up(self, target: float) -> None:
@@ -144,7 +160,7 @@ class Local:
 
     def _check(self) -> None:
         """Run once for each drawn set; an output that is wrong and an input that has changed drop the peer."""
-        assert self.call is not None and not isinstance(self.expected, Dropped)
+        assert self.call is not None
         for inputs, expected in zip(self.sets, self.expected, strict=True):
             before = copy.deepcopy(inputs)
             with torch.no_grad() if self.case.metric.looped else contextlib.nullcontext():
@@ -167,7 +183,7 @@ class Local:
 def local_seats(case: Case, peers: Sequence[int], seed: int, clock: Clock | None = None) -> Iterator[list[Seat]]:
     """Seats for those of the case's peers, all in this process."""
     task = Task.of(case, seed)
-    yield [Local(case, case.peers[index], task.inputs, task.expected[index], clock) for index in peers]
+    yield [Local(case, index, lambda: task, clock) for index in peers]
 
 
 @contextlib.contextmanager

@@ -14,6 +14,7 @@ import os
 import signal
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from multiprocessing.connection import Connection
@@ -90,10 +91,10 @@ class Process:
 
 
 class Remote:
-    """A seat in a worker."""
+    """A seat in a worker. `task` is the file that there is when `known` has come."""
 
-    def __init__(self, process: Process, index: int, task: Path) -> None:
-        self.process, self.index, self.task = process, index, task
+    def __init__(self, process: Process, index: int, task: Path, known: Future[None]) -> None:
+        self.process, self.index, self.task, self.known = process, index, task, known
         self.error: float | None = None
         self.inner = 1
         self.facts: dict[str, Any] = {}
@@ -103,7 +104,10 @@ class Remote:
         return self.process.pid
 
     def prepare(self) -> None:
-        self._ask("prepare", self.index, self.task)
+        self._ask("build", self.index, self.task)
+        with self._out():
+            self.known.result()
+        self._ask("check")
 
     def warm_up(self, target: float) -> None:
         self._ask("warm_up", target)
@@ -115,32 +119,44 @@ class Remote:
         self._ask("finish")
 
     def _ask(self, *words: Any) -> Any:
-        try:
+        with self._out():
             result, self.error, self.inner, self.facts = self.process.ask(*words)
-        except Dropped:
-            self.process.close()  # the others need its memory
-            raise
         return result
+
+    @contextlib.contextmanager
+    def _out(self) -> Iterator[None]:
+        """The process of a peer that is out ends: the others need its memory."""
+        try:
+            yield
+        except Dropped:
+            self.process.close()
+            raise
 
 
 @contextlib.contextmanager
 def worker_seats(
     case: Case, peers: Sequence[int], seed: int, source: Callable[[Case], Source], nursery: Nursery
 ) -> Iterator[list[Seat]]:
-    """Seats for those of the case's peers, each in a worker; a first one computes the references and ends."""
-    with tempfile.TemporaryDirectory(prefix="fxfreeze-bench-") as name, contextlib.ExitStack() as stack:
+    """Seats for those of the case's peers, each in a worker; beside them one more computes the references, and ends."""
+    with (
+        tempfile.TemporaryDirectory(prefix="fxfreeze-bench-") as name,
+        ThreadPoolExecutor(1) as pool,
+        contextlib.ExitStack() as stack,
+    ):
         folder, found = Path(name), source(case)
-        first = Process(found, nursery, folder / "reference.log")
-        try:
-            first.ask("task", folder / "task.pt")
-        finally:
-            first.close()
+        task = folder / "task.pt"
+        known = pool.submit(_write_task, Process(found, nursery, folder / "reference.log"), task)
         seats: list[Seat] = []
         for index in peers:
             process = Process(found, nursery, folder / f"{index}.log")
             stack.callback(process.close)
-            seats.append(Remote(process, index, folder / "task.pt"))
+            seats.append(Remote(process, index, task, known))
         yield seats
+
+
+def _write_task(process: Process, task: Path) -> None:
+    with contextlib.closing(process):
+        process.ask("task", task)
 
 
 def nursery(preload: str, threads: int) -> contextlib.closing[Nursery]:
@@ -176,16 +192,13 @@ def serve(pipe: Connection) -> None:
     seat: Local | None = None
     for word, *given in _heard(pipe):
         try:
-            case = source.find() if word in ("task", "prepare") else None
+            answer: Any = None
             if word == "task":
-                torch.save(Task.of(case, source.seed), given[0])  # type: ignore[arg-type]
-                answer: Any = None
-            elif word == "prepare":
-                assert case is not None
-                task: Task = torch.load(given[1], weights_only=False)
-                seat = Local(case, case.peers[given[0]], task.inputs, task.expected[given[0]])
-                answer = None
-                seat.prepare()
+                torch.save(Task.of(source.find(), source.seed), given[0])
+            elif word == "build":
+                index, task = given
+                seat = Local(source.find(), index, functools.partial(torch.load, task, weights_only=False))
+                seat.build()
             else:
                 answer = getattr(seat, word)(*given)
         except Dropped as out:
