@@ -125,14 +125,15 @@ class Local:
         self.turn = itertools.cycle(self.sets)
         with _reported(""):
             self._check()
+            if self.case.metric.looped:
+                sets, self.facts["inputs"] = rotated(self.sets)
+                self.turn = itertools.cycle(sets)
 
     def warm_up(self, target: float) -> None:
         """The checks were the first calls; the calibration follows the warm-up, so both see compiled code."""
         if not self.case.metric.looped:
             return
         with _reported("while warming up: "), torch.no_grad():
-            sets, self.facts["inputs"] = rotated(self.sets)
-            self.turn = itertools.cycle(sets)
             loop(self._run, WARM_UP)()
             self.inner = calibrate(self.clock, self._run, target)
             memory.forget_peak()
