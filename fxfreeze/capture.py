@@ -27,7 +27,7 @@ from .constants import Constants
 from .errors import CaptureError, FxfreezeError
 from .exporting import dynamic_shapes, quiet, summary
 from .foreign import recognised
-from .functional import functionalise, normalise
+from .functional import functionalise, normalise, unhide
 from .margin import slacks
 from .plan import Plan
 from .program import Program, TensorSpec, is_effectful, is_operator, is_random
@@ -197,6 +197,7 @@ def capture(
     _check_dims(exported, specs, dims)
     graph, state = _unlift(exported)
     if functionalise(graph) is not None:
+        unhide(exported.graph)
         with frozen(model), quiet():
             graph, state = _unlift(exported.run_decompositions({}))
     normalise(graph)

@@ -52,6 +52,21 @@ def functionalise(graph: Graph) -> str | None:
     return None
 
 
+def unhide(graph: Graph) -> None:
+    """Write every dropout that returns its input as the alias that it is, in place.
+
+    For torch's own functionalisation: that of torch 2.11 makes ``aten.dropout`` a copy, which stays as it was when its
+    input is written to.
+    """
+    for node in graph.nodes:
+        if node.target in _HIDDEN_ALIASES and not _drops(*node.args[1:3]):
+            node.target, node.args = aten.alias.default, node.args[:1]
+
+
+def _drops(share: Any, training: Any) -> bool:
+    return bool(training) and share != 0
+
+
 def normalise(graph: Graph) -> None:
     """Write the same thing the same way, so that a pass has one form to look for, in place.
 

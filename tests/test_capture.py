@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import fxfreeze as fz
 from fxfreeze.capture import capture, frozen
-from fxfreeze.program import Program
+from fxfreeze.program import Program, is_random
 from fxfreeze.rewrite import match_sites
 from fxfreeze.sampling import sample_inputs
 
@@ -262,6 +262,17 @@ def test_in_place_operators_become_functional_with_the_same_meaning(kind: str):
     program, flat = capture(InPlace(kind), plan_of("batch", 4))
     program.verify()  # refuses every operator that writes
     agree(program, flat, batch=3)
+
+
+def test_a_dropout_that_drops_is_no_alias():
+    class Drops(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            dropped = nn.functional.dropout(x * 2, 0.5)
+            dropped[:, 0] = 7.0
+            return dropped
+
+    program, _ = capture(Drops(), plan_of("batch", 4))
+    assert any(is_random(node) for node in program.graph.nodes)
 
 
 def test_a_module_called_twice_is_one_site():
