@@ -120,7 +120,7 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(5,), (2, 3), (1,), ()], ids=str)
 def test_it_is_the_product_of_what_the_numbers_stand_for(
-    form: str, rows: bool, dtype: torch.dtype, shape: tuple[int, ...]
+    form: str, rows: bool, dtype: torch.dtype, shape: tuple[int, ...], scaled_rows: None
 ) -> None:
     """`launch` takes CPUs, too, where torch._scaled_mm is slow, and says what it is to compute on a GPU."""
     given = draw(*shape, dtype=dtype, rows=rows)

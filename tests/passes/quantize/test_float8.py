@@ -304,7 +304,7 @@ def ada(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("mode", ["static", "dynamic"])
-def test_on_a_gpu_layers_are_scaled_mm(mode: str, dtype: str, ada: None) -> None:
+def test_on_a_gpu_layers_are_scaled_mm(mode: str, dtype: str, ada: None, scaled_rows: None) -> None:
     program, x = on_gpu(fp8(mode=mode), dtype=dtype), batches(3, getattr(torch, dtype))[-1]
     for changed in (with_launched(program), with_scaled(program)):
         assert len(calls(changed, torch.ops.aten._scaled_mm.default)) == 3 and not calls(changed, LINEAR.op)
@@ -333,7 +333,7 @@ def test_aoti_gets_them_whole_and_counts_them(ada: None) -> None:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("mode", ["static", "dynamic"])
-def test_with_scaled_mm_the_batch_stays_dynamic(mode: str, dtype: str, ada: None) -> None:
+def test_with_scaled_mm_the_batch_stays_dynamic(mode: str, dtype: str, ada: None, scaled_rows: None) -> None:
     """What AOTInductor gets, traced on a CPU, where the operator is the same."""
     program = on_gpu(fp8(mode=mode), dtype=dtype)
     changed = with_scaled(program)
