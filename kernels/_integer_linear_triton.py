@@ -47,7 +47,7 @@ def integer_linear_kernel(
             w = tl.load(w_ptrs, mask=k[:, None] < K - start, other=0)
         if SHIFT:
             x = (x ^ 128).to(tl.int8, bitcast=True)
-        sums = tl.dot(x, w, sums)
+        sums = tl.dot(x, w, sums, out_dtype=tl.int32)
         x_ptrs += BK
         w_ptrs += BK
     on = n < N

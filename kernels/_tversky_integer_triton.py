@@ -101,11 +101,11 @@ def tiled_kernel(
                 b = tl.load(b_ptrs, mask=k[:, None] < K - start, other=0)
             less_a, less_b = (a ^ 128).to(tl.int8, bitcast=True), (b ^ 128).to(tl.int8, bitcast=True)
             if PRODUCT:
-                product = tl.dot(less_a, less_b, product)
+                product = tl.dot(less_a, less_b, product, out_dtype=tl.int32)
             if COMMON:
                 has_a, has_b = (a != 0).to(tl.int8), (b != 0).to(tl.int8)
-                common_a = tl.dot(less_a, has_b, common_a)
-                common_b = tl.dot(has_a, less_b, common_b)
+                common_a = tl.dot(less_a, has_b, common_a, out_dtype=tl.int32)
+                common_b = tl.dot(has_a, less_b, common_b, out_dtype=tl.int32)
                 count_a += tl.sum(has_a.to(tl.int32), 1)
                 count_b += tl.sum(has_b.to(tl.int32), 0)
         a_ptrs += BK
