@@ -4,7 +4,9 @@ A test that runs a kernel takes the fixture `device` and is marked `gpu`. On a G
 skips itself, and one test per file runs all of them again with `interpreter`, in a process of its own, because
 TRITON_INTERPRET decides at import what ``triton.jit`` makes.
 
-What a compile may cost is declared in ``budgets.toml``, per kernel and GPU. After a change that is worth its price:
+What a compile may cost is declared in ``budgets.toml``, per kernel and GPU, for one version of Triton: torch pins its
+own, and what one version does in 104 registers takes another 121. Under others all is compiled, and only tensor cores
+are counted. After a change that is worth its price, and with a newer Triton:
 
     FXFREEZE_WRITE_BUDGETS=1 python -m pytest tests/kernels -k within_budget
 """
@@ -133,31 +135,45 @@ def within_budget() -> Callable[..., None]:
         costs = {target: compile_ahead(kernel, types, constants, options, target) for target in TARGETS}
         if os.environ.get("FXFREEZE_WRITE_BUDGETS") == "1":
             _declare(name, costs)
-        declared = tomllib.loads(BUDGETS.read_text(encoding="utf-8")).get(name, {})
-        wrong = [problem for target, cost in costs.items() for problem in excess(cost, declared.get(target), target)]
+        table = tomllib.loads(BUDGETS.read_text(encoding="utf-8"))
+        declared, same = table.get(name, {}), table["triton"] == _triton_version()
+        wrong = [
+            problem for target, cost in costs.items() for problem in excess(cost, declared.get(target), target, same)
+        ]
         assert not wrong, f"{name}:\n" + "\n".join(wrong)
+        if not same:
+            pytest.skip(f"costs are declared for Triton {table['triton']}, and this is {_triton_version()}")
 
     return check
 
 
-def excess(cost: Cost, declared: Mapping[str, int] | None, target: str) -> list[str]:
+def excess(cost: Cost, declared: Mapping[str, int] | None, target: str, same_compiler: bool) -> list[str]:
     """What is wrong with `cost`: one line each."""
     if declared is None:
         return [f"{target}: nothing declared; measured {asdict(cost)}"]
     wrong = [
         f"{target}: {name} {value}, declared at most {declared[name]}"
         for name, value in asdict(cost).items()
-        if name != "tensor_cores" and value > declared[name]
+        if same_compiler and name != "tensor_cores" and value > declared[name]
     ]
     if bool(cost.tensor_cores) != bool(declared["tensor_cores"]):
         wrong.append(f"{target}: tensor_cores {cost.tensor_cores}, declared {declared['tensor_cores']}")
     return wrong
 
 
+def _triton_version() -> str:
+    """Major and minor: what is fixed between the others changes no code worth a row."""
+    import triton
+
+    return ".".join(triton.__version__.split(".")[:2])
+
+
 def _declare(name: str, costs: Mapping[str, Cost]) -> None:
     import tomli_w
 
     table = tomllib.loads(BUDGETS.read_text(encoding="utf-8")) if BUDGETS.exists() else {}
+    if table.get("triton") != _triton_version():  # rows of another version would be taken for this one's
+        table = {"triton": _triton_version()}
     table[name] = {
         # Versions of the compiler differ by a few registers, and a thread has 255.
         target: {**asdict(cost), "registers": min(-(-(cost.registers + 8) // 8) * 8, 255 if "cuda" in target else 512)}
