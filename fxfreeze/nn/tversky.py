@@ -100,7 +100,7 @@ class _Tversky(nn.Module):
         if x.dim() == 0 or x.shape[-1] != self.in_features:
             raise ValueError(f"{type(self).__name__}: x has shape {list(x.shape)}, not [..., {self.in_features}]")
         kind = x.device.type
-        if not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
+        if not (_has_autocast(kind) and torch.is_autocast_enabled(kind)):
             return self._call(x, prototypes)
         # Presence is a comparison: in half precision, features near the threshold would come and go.
         with torch.autocast(kind, enabled=False):
@@ -397,6 +397,11 @@ def _count(layer: str, name: str, value: Any) -> int:
     if value < 1:
         raise ValueError(f"{layer}: {name} is {value}, not 1 or more")
     return value
+
+
+@torch.compiler.assume_constant_result  # of torch 2.11, whose strict export cannot trace what this asks
+def _has_autocast(kind: str) -> bool:
+    return torch.amp.is_autocast_available(kind)
 
 
 def _same_device(asked: torch.device | str | None, found: torch.device) -> bool:

@@ -436,7 +436,7 @@ class Selected(nn.Module):
         self.scale = nn.Parameter(torch.tensor([1.0, -2.0, 3.0]))
 
     def forward(self, weight: Tensor, task: Tensor) -> Tensor:
-        return weight * self.scale[task[0]]
+        return weight * self.scale[task[:1]]  # not task[0], of which torch 2.11 makes a number that depends on data
 
 
 def test_a_weight_that_hangs_on_an_input_takes_a_mask_but_is_not_chosen_from(tmp_path: Path) -> None:
