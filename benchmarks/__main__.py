@@ -186,7 +186,7 @@ class Request:
         """What all that is measured is forked from."""
         from .harness.worker import nursery
 
-        return nursery("benchmarks.libraries", self.threads)
+        return nursery("benchmarks.preloaded", self.threads)
 
     def measure(self, name: str, out: Path | None, workers: Nursery) -> list[Measurement]:
         """Run one benchmark, and write its result file where all of it was run."""

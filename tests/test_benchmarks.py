@@ -605,7 +605,7 @@ def test_a_peer_that_takes_too_long_is_ended(nursery: Nursery, tmp_path: Path, m
 
 def test_what_is_forked_from_computed_nothing() -> None:
     """Threads and devices do not survive a fork."""
-    code = ("import os, sys, benchmarks.libraries, torch; "
+    code = ("import os, sys, benchmarks.preloaded, torch; "
             "assert not torch.cuda.is_initialized() and not torch.cuda._is_in_bad_fork(); "
             "assert not {'onnxruntime', 'peft', 'torch_pruning', 'fxfreeze'} & sys.modules.keys(); "
             "assert {'timm', 'transformers', 'onnxscript'} <= sys.modules.keys(); "
