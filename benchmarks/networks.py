@@ -61,7 +61,8 @@ def rivals(network: Network, variant: Variant) -> tuple[str, ...]:
 
 
 def ours(network: Network, variant: Variant, quick: bool) -> tuple[str, ...]:
-    """AOTInductor's packages where they may be the fastest: bare, where it has kernels for integers, and where a few
-    rows meet gates or a head."""
-    compiled = variant in (plans.BARE, plans.QUANTIZED, plans.ALL) or network.single
+    """AOTInductor's packages where they may be the fastest: bare, on integers, where gates are fused with their
+    surroundings, and where a few rows meet gates or a head."""
+    fuses = variant == plans.GATES and not network.large
+    compiled = variant in (plans.BARE, plans.QUANTIZED, plans.ALL) or fuses or network.single
     return ("fxfreeze, onnx", "fxfreeze, aoti") if compiled and not quick else ("fxfreeze, onnx",)
