@@ -399,9 +399,13 @@ def _count(layer: str, name: str, value: Any) -> int:
     return value
 
 
-@torch.compiler.assume_constant_result  # of torch 2.11, whose strict export cannot trace what this asks
 def _has_autocast(kind: str) -> bool:
     return torch.amp.is_autocast_available(kind)
+
+
+# For strict export with torch 2.11, which cannot trace what this asks: torch.compiler.assume_constant_result sets this,
+# too, but imports dynamo, and triton with it.
+_has_autocast._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _same_device(asked: torch.device | str | None, found: torch.device) -> bool:
