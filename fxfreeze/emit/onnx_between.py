@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from .onnx_graph import constant, describe, is_zero, number, sweep
+from .onnx_graph import constant, describe, is_mean_of_pixels, keeps_dims, pads_zeros, sweep
 
 _NONE: list[Any] = [None] * 4
 
@@ -58,11 +58,7 @@ def _move(graph: Any, quantize: Any) -> None:
 
 
 def _is_move(node: Any) -> bool:
-    if node.op_type == "Pad":
-        mode = node.attributes["mode"].as_string() if "mode" in node.attributes else "constant"
-        value = (*node.inputs, *_NONE)[2]
-        return mode == "constant" and (value is None or is_zero(value))
-    return bool(node.op_type == "Slice")
+    return node.op_type == "Slice" or pads_zeros(node)
 
 
 def _runs(moves: Sequence[Any]) -> list[list[Any]]:
@@ -118,20 +114,17 @@ def _average(graph: Any, quantize: Any) -> None:
 
     (mean,) = quantize.inputs[:1]
     node = mean.producer()
-    if node is None or node.op_type != "ReduceMean" or not _is_read_once(mean):
+    if node is None or not is_mean_of_pixels(node) or not _is_read_once(mean):
         return
-    source, axes = node.inputs[0].producer(), (*node.inputs, *_NONE)[1]
-    shape = node.inputs[0].shape
-    if source is None or source.op_type != "DequantizeLinear" or axes is None or axes.const_value is None:
-        return
-    if shape is None or len(shape) != 4 or sorted(int(axis) % 4 for axis in axes.const_value.numpy()) != [2, 3]:
+    source = node.inputs[0].producer()
+    if source is None or source.op_type != "DequantizeLinear":
         return
     pool = onnx_ir.node("GlobalAveragePool", inputs=[node.inputs[0]], name=f"{node.name}.pool")
     pool.metadata_props.update(node.metadata_props)
     pool.outputs[0].name, pool.outputs[0].type = pool.name, mean.type
     graph.insert_before(quantize, pool)
     quantize.replace_input_with(0, pool.outputs[0])
-    if "keepdims" in node.attributes and not number(node, "keepdims"):
+    if not keeps_dims(node):
         old = quantize.outputs[0]
         flat = onnx_ir.node("Flatten", inputs=[old], attributes={"axis": 1}, name=f"{node.name}.flat")
         describe(flat, f"{node.name}.flat", old)

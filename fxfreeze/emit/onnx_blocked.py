@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from .onnx_graph import constant, describe, is_zero, number, sweep
+from .onnx_graph import constant, describe, is_mean_of_pixels, is_zero, keeps_dims, number, pads_zeros, sweep
 
 _BLOCK, _ALIGNED = 16, 4
 """Channels of a block, at most (8 with AVX2, 16 with AVX-512), and what their number must be a multiple of: ONNX
@@ -135,10 +135,8 @@ def _shortcut(graph: Any, pad: Any) -> None:
 
 def _channels_added(pad: Any) -> tuple[int, int] | None:
     """Channels of zeros in front of and behind those that are there; None where anything else is padded."""
-    mode = pad.attributes["mode"].as_string() if "mode" in pad.attributes else "constant"
-    given = [*pad.inputs, None, None][1:4]
-    stored = given[0].const_value
-    if mode != "constant" or stored is None or (given[1] is not None and not is_zero(given[1])) or given[2] is not None:
+    stored, axes = pad.inputs[1].const_value, (*pad.inputs, None, None)[3]
+    if stored is None or axes is not None or not pads_zeros(pad):
         return None
     amounts = [int(item) for item in stored.numpy()]
     rest = [amount for position, amount in enumerate(amounts) if position not in (1, 5)]
@@ -180,10 +178,9 @@ def _is_cheap(pad: Any, weights: int) -> bool:
 
 
 def _mean(graph: Any, node: Any) -> None:
-    value, axes = node.inputs[0], node.inputs[1].const_value if len(node.inputs) > 1 else None
-    if axes is None or not _is_blocked(value) or sorted(int(axis) % 4 for axis in axes.numpy()) != [2, 3]:
+    value, old, keeps = node.inputs[0], node.outputs[0], keeps_dims(node)
+    if not is_mean_of_pixels(node) or not _is_blocked(value):
         return
-    old, keeps = node.outputs[0], "keepdims" not in node.attributes or bool(number(node, "keepdims"))
     mean = _insert(graph, node, "GlobalAveragePool", [value], f"{node.name}.pool", old if keeps else None)
     if not keeps:
         mean = _insert(graph, node, "Flatten", [mean], f"{node.name}.flat", old, axis=1)

@@ -30,6 +30,27 @@ def is_zero(value: Any) -> bool:
     return stored is not None and stored.size == 1 and not stored.numpy().any()
 
 
+def pads_zeros(node: Any) -> bool:
+    """A Pad that adds zeros."""
+    mode = node.attributes["mode"].as_string() if "mode" in node.attributes else "constant"
+    value = (*node.inputs, None, None, None)[2]
+    return node.op_type == "Pad" and mode == "constant" and (value is None or is_zero(value))
+
+
+def is_mean_of_pixels(node: Any) -> bool:
+    """A ReduceMean over the last two of four dims."""
+    if node.op_type != "ReduceMean" or len(node.inputs) < 2 or node.inputs[1] is None:
+        return False
+    shape, axes = node.inputs[0].shape, node.inputs[1].const_value
+    if shape is None or len(shape) != 4 or axes is None:
+        return False
+    return sorted(int(axis) % 4 for axis in axes.numpy()) == [2, 3]
+
+
+def keeps_dims(node: Any) -> bool:
+    return "keepdims" not in node.attributes or bool(number(node, "keepdims"))
+
+
 def constant(graph: Any, name: str, array: Any) -> Any:
     import onnx_ir
 

@@ -51,12 +51,11 @@ class QuantizeStatic(Pass):
         if not sites:
             return 0
         before = program.clone()
-        seen = observe(program, ctx, {node: step.calibrate for node, step in _values(sites)[0].items()})
-
-        everywhere = _values(sites)[1]
+        wanted, shared = _values(sites)
+        seen = observe(program, ctx, {node: step.calibrate for node, step in wanted.items()})
 
         def scale(node: Node, step: Quantize) -> Scale:
-            seen_at = seen.observers[_origin(node, everywhere)]
+            seen_at = seen.observers[_origin(node, shared)]
             return scale_of(seen_at.range(step.percentile), node.meta["val"].dtype)
 
         layers = [Layer.of(program, site, scale(site.operator.input, site.step)) for site in sites]

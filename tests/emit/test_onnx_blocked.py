@@ -167,6 +167,9 @@ def test_gates_between_convolutions_leave_no_copies(tmp_path: Path) -> None:
 
 # ---- shortcuts
 
+ROUNDINGS = 2e-5
+"""Two or three of float32 at the largest results, 84; a wrong pixel or channel makes a difference of about 1."""
+
 SLICES = ("s = Slice(h, zero1, end, two, step)", "u = Slice(s, zero1, end, three, step)")
 PADDED = ("p = Pad(u, pads)", "c = Conv<strides = [2, 2], pads = [1, 1, 1, 1]>(h, w2)", "y = Add(c, p)")
 
@@ -182,14 +185,14 @@ def test_a_strided_shortcut_is_a_convolution(end: int, tmp_path: Path) -> None:
     before = model(*SLICES, *PADDED, given=sliced(end=numpy.array([end])))
     found = after(before)
     assert kinds(found) == ["Conv", "Conv", "Conv", "Add"]
-    assert numpy.allclose(run(found), run(before), rtol=1e-5, atol=1e-5)
+    assert numpy.allclose(run(found), run(before), rtol=0, atol=ROUNDINGS)
     assert optimised(found, tmp_path) == ["Conv", "Conv", "Conv", "ReorderOutput"]
 
 
 def test_channels_in_front_and_behind_need_not_be_as_many() -> None:
     before = model(*SLICES, *PADDED, given=sliced(pads=numpy.array([0, 4, 0, 0, 0, 12, 0, 0])))
     found = after(before)
-    assert "Pad" not in kinds(found) and numpy.allclose(run(found), run(before), rtol=1e-5, atol=1e-5)
+    assert "Pad" not in kinds(found) and numpy.allclose(run(found), run(before), rtol=0, atol=ROUNDINGS)
 
 
 @pytest.mark.parametrize(
@@ -222,10 +225,11 @@ def test_a_shortcut_padded_with_something_else_stays() -> None:
 @pytest.mark.parametrize(("keeps", "kept"), [(0, ["GlobalAveragePool", "Flatten"]), (1, ["GlobalAveragePool"])])
 @pytest.mark.parametrize("axes", [[2, 3], [-1, -2]])
 def test_a_mean_over_pixels_is_a_pool(keeps: int, kept: list[str], axes: list[int]) -> None:
+    """Results are up to 1.8, and 64 values may be added up in another order."""
     before = model(f"y = ReduceMean<keepdims = {keeps}>(h, axes)", given={"axes": numpy.array(axes, "int64")})
     found = after(before)
     assert kinds(found) == ["Conv", *kept]
-    assert run(found).shape == run(before).shape and numpy.allclose(run(found), run(before), rtol=1e-6, atol=1e-6)
+    assert run(found).shape == run(before).shape and numpy.allclose(run(found), run(before), rtol=0, atol=1e-6)
 
 
 def test_a_mean_over_channels_stays() -> None:
