@@ -27,10 +27,10 @@ from ..exporting import quiet
 from ..integers import is_head
 from ..kernels.float8_linear import KERNEL as FLOAT8
 from ..lower import Lowering, emit_error
-from ..program import Program, TensorSpec, integer_layers
+from ..program import Program, TensorSpec, integer_layers, on_cpu
 from ..sampling import sample_inputs, tracing_sizes
 from ..serialize import Interface
-from . import onnx_blocked, onnx_heads, onnx_quantized
+from . import onnx_blocked, onnx_gates, onnx_heads, onnx_quantized, onnx_sums
 
 FILE = "model.onnx"
 OPSETS = (24, 21)
@@ -124,6 +124,9 @@ def _convert(lowering: Lowering, folder: Path, opset: int) -> tuple[dict[str, An
     layers = onnx_quantized.shape_for_runtime(model.graph, asked, lowering.portable)
     if not lowering.portable:
         onnx_blocked.stay_blocked(model.graph)
+        if on_cpu(program.inputs):
+            onnx_gates.multiply(model.graph)
+            onnx_sums.stay_fast(model.graph)
     _add_defaults(model.graph, lowering.defaults)
     size = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None)
     external = size > EXTERNAL_BYTES

@@ -25,6 +25,24 @@ def is_quantized(value: Any) -> bool:
     return not value.is_graph_output() and {reader.op_type for reader in readers} == {"QuantizeLinear"}
 
 
+def bias_behind(product: Any, columns: int) -> tuple[Any, Any] | None:
+    """The constant with a number for each column that alone is added to a product, and the Add."""
+    readers = [reader for reader, _ in product.outputs[0].uses()]
+    if [reader.op_type for reader in readers] != ["Add"] or product.outputs[0].is_graph_output():
+        return None
+    biases = [value for value in readers[0].inputs if value.const_value is not None]
+    found = next((value for value in biases if tuple(value.const_value.shape) == (columns,)), None)
+    return None if found is None else (found, readers[0])
+
+
+def reads_integers(value: Any) -> bool:
+    """Whether this is integers made floats, perhaps of another shape by now: a conversion moves behind such changes."""
+    node = value.producer()
+    while node is not None and node.op_type in ("Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "Identity"):
+        node = node.inputs[0].producer()
+    return node is not None and node.op_type == "DequantizeLinear"
+
+
 def is_zero(value: Any) -> bool:
     stored = value.const_value
     return stored is not None and stored.size == 1 and not stored.numpy().any()
