@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .onnx_graph import describe, has_zero_point, is_quantized, is_weight, number, sweep
+from .onnx_graph import bias_behind, describe, has_zero_point, is_quantized, is_weight, number, sweep
 
 _DOMAIN = "com.microsoft"
 PRODUCT = "MatMulIntegerToFloat"
@@ -56,12 +56,7 @@ def _bias(product: Any) -> tuple[Any, Any]:
     outputs = product.inputs[1].producer().inputs[0].const_value.shape[1]
     if product.op_type == "Gemm":
         return (*product.inputs[2:], None)[0], product
-    readers = [reader for reader, _ in product.outputs[0].uses()]
-    if [reader.op_type for reader in readers] == ["Add"] and not product.outputs[0].is_graph_output():
-        for value in readers[0].inputs:
-            if value.const_value is not None and tuple(value.const_value.shape) == (outputs,):
-                return value, readers[0]
-    return None, product
+    return bias_behind(product, outputs) or (None, product)
 
 
 def _multiply(graph: Any, node: Any, bias: Any, last: Any) -> str:

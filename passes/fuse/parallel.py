@@ -68,7 +68,8 @@ class MergeParallel(Pass):
 
     The stack computes the same function, so this is about time only: at the layers' own sizes, for one row and for the
     most that there may be, up to :data:`ROWS`, it is timed against the layers one by one, and made where it is faster
-    in one case, and slower in none.
+    in one case, and slower in none. That is torch's time: for ONNX Runtime, which copies the parts of a result, stacks
+    of linear layers come apart again (:mod:`fxfreeze.emit.onnx_parts`).
     """
 
     name, stage = "merge-parallel", "fuse"

@@ -1,15 +1,19 @@
-"""Integer products that are cut into parts in ONNX: a product per part, and what stays one."""
+"""Products that are cut into parts in ONNX: a product per part, and what stays one."""
 
 from __future__ import annotations
 
 from collections import Counter
 from typing import Any
 
+import numpy
 import onnx
+import onnx_ir
+import pytest
 import torch
 from torch import Tensor, nn
 
 import fxfreeze as fz
+from fxfreeze.emit.onnx_parts import cut
 
 SIZE, HEADS = 64, 4
 Parts = tuple[Tensor, ...]
@@ -95,3 +99,83 @@ def test_parts_are_products_of_their_own() -> None:
 def test_what_is_cut_otherwise_stays_one_product() -> None:
     how = (inner, rows, mixed, small, read)
     assert kinds(Cut(*how), (8, 12, SIZE))["MatMulIntegerToFloat"] == len(how)
+
+
+# ---- in floats
+
+
+def floats(net: nn.Module, *shapes: tuple[Any, ...]) -> Counter[str]:
+    inputs = [fz.Input(f"x{i}", shape) for i, shape in enumerate(shapes)]
+    artifact = fz.compile(net.eval(), fz.Plan(inputs, targets=["onnx"]))
+    return Counter(node.op_type for node in onnx.load(artifact.folder / "onnx" / "model.onnx").graph.node)
+
+
+def test_parts_are_products_of_their_own_in_floats() -> None:
+    """With biases, every second, and without; with one open size a bias is in the product, with two it is an Add."""
+    how = (index, unbind, packed, chunk)
+    found = floats(Cut(*how), ("batch", "tokens", SIZE))
+    assert (found["MatMul"], found["Add"] - len(how)) == (3 * len(how), 3 * len(how) // 2)
+    assert not {"Split", "Slice", "Gather", "Squeeze"} & found.keys() and found["Transpose"] == 3 * len(how)
+    found = floats(Cut(*how), ("batch", 12, SIZE))
+    assert (found["Gemm"], found["MatMul"]) == (3 * len(how) // 2, 3 * len(how) // 2)
+
+
+def test_what_is_cut_otherwise_stays_one_product_in_floats() -> None:
+    how = (inner, rows, mixed, small, read)
+    found = floats(Cut(*how), (8, 12, SIZE))
+    assert found["MatMul"] + found["Gemm"] == len(how)
+
+
+class Rows(nn.Module):
+    """Of two dims, where the product is a Gemm with a weight [out, in]; twice what the second has, so order shows."""
+
+    def __init__(self, bias: bool = True) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = nn.Linear(SIZE, 3 * SIZE, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b, c = self.layer(x).split([SIZE, SIZE // 2, SIZE + SIZE // 2], -1)
+        return torch.cat([a.relu(), 2 * b.tanh(), c.sigmoid()], -1)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_rows_of_features(bias: bool) -> None:
+    found = floats(Rows(bias), ("batch", SIZE))
+    assert found["Gemm"] + found["MatMul"] == 3 and "Split" not in found
+
+
+class Shared(Rows):
+    """The weight is read twice: cut, it would be stored twice."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + self.layer(x + 1)
+
+
+def test_a_weight_that_is_read_twice_stays_whole() -> None:
+    assert floats(Shared(), ("batch", SIZE))["Gemm"] == 2
+
+
+def test_cut_layers_keep_one_copy_of_the_weight() -> None:
+    plan = fz.Plan([fz.Input("x", ("batch", SIZE))], targets=["onnx"])
+    artifact = fz.compile(Rows().eval(), plan)
+    stored = onnx.load(artifact.folder / "onnx" / "model.onnx").graph.initializer
+    assert sum(onnx.numpy_helper.to_array(item).nbytes for item in stored) < 1.1 * 4 * 3 * SIZE * (SIZE + 1)
+
+
+@pytest.mark.parametrize(("size", "products"), [(64, 2), (1, 1)])
+def test_a_bias_that_is_one_number_for_all_columns_is_not_cut(size: int, products: int) -> None:
+    model = onnx.parser.parse_model(
+        """<ir_version: 10, opset_import: ["" : 21]>
+        net (float[N, 8] x) => (float[N, 32] a, float[N, 32] b) {
+            y = Gemm(x, w, c)
+            a, b = Split<axis = 1, num_outputs = 2>(y)
+        }"""
+    )
+    for name, shape in (("w", (8, 64)), ("c", (size,))):
+        model.graph.initializer.append(onnx.numpy_helper.from_array(numpy.ones(shape, "float32"), name))
+    changed = onnx_ir.serde.deserialize_model(onnx.shape_inference.infer_shapes(model))
+    cut(changed.graph)
+    proto = onnx_ir.serde.serialize_model(changed)
+    onnx.checker.check_model(proto, full_check=True)
+    assert [node.op_type for node in proto.graph.node].count("Gemm") == products
