@@ -9,6 +9,7 @@ import importlib
 import os
 import shlex
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -201,8 +202,11 @@ class Request:
             out = record.RESULTS / f"{name}.jsonl"
         shared = record.environment(name, quick=self.quick, seed=self.seed, command=self.command(name))
         measured: list[Measurement] = []
-        with record.Writer(out, shared) as writer, console.status(name) as status:
-            options = Options(seed=self.seed, quick=self.quick)
+        with (
+            record.Writer(out, shared) as writer, console.status(name) as status,
+            tempfile.TemporaryDirectory(prefix="fxfreeze-bench-") as folder,
+        ):  # fmt: skip
+            options = Options(seed=self.seed, quick=self.quick, folder=Path(folder))
             running = runner(
                 f"benchmarks.{name}", options, workers, seed=self.seed, rounds=self.rounds, quick=self.quick,
                 peer=self.peer, say=lambda text: status.update(escape(text)),

@@ -36,16 +36,19 @@ QUICK = (plans.BARE, plans.LORA, plans.QUANTIZED, plans.ALL)
 
 
 def cases(options: Options) -> Iterator[Case]:
-    for network in networks(options):
+    found = networks(options)
+    for network, following in zip(found, [*found[1:], None], strict=True):
         for variant in QUICK if options.quick else plans.VARIANTS:
             yield network_case(network, variant, options.quick)
+        if following is None or following.name != network.name:
+            network.forget()
 
 
 def network_case(network: Network, variant: Variant, quick: bool = False) -> Case:
     names = (RIVALS[variant][:1] if quick else rivals(network, variant)) + ours(network, variant, quick)
     return Case(
-        name=f"{network.name}, {variant.name}",
-        peers=tuple(peer(name, network, variant) for name in names),
+        name=f"{network.title}, {variant.name}",
+        peers=tuple(peer(name, network, variant, names) for name in names),
         baseline=names[0],
         reference=functools.partial(plans.reference, network, variant),
         inputs=network.draw,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 try:
     from benchmarks import networks as suite
-    from benchmarks.harness import Options, Unavailable
+    from benchmarks.harness import Options, Unavailable, shelf
     from benchmarks.harness.case import relative_error
     from benchmarks.suite import networks, peers, plans, work
 finally:
@@ -121,3 +123,91 @@ def test_a_peer_whose_library_is_missing_says_so(small, monkeypatch):
     for name in ("peft, eager", "Torch-Pruning, ONNX Runtime", "torchao", "ONNX Runtime", "quantize_static"):
         with pytest.raises(Unavailable, match="not installed"):
             peers.peer(name, small, plans.TICKET).prepare()
+
+
+# ---- what processes leave each other
+
+
+@pytest.fixture
+def left(tmp_path) -> networks.Network:
+    """A process's view of a small network; another one's is `again(left)`."""
+    return replace(networks.encoder(0), folder=tmp_path / "encoder")
+
+
+def again(network: networks.Network) -> networks.Network:
+    return replace(network)
+
+
+def test_a_model_is_built_once_and_is_the_same(left, inputs):
+    expected = left.model(*inputs)
+    other = replace(again(left), build=lambda: pytest.fail("it is built again"))
+    assert torch.equal(other.model(*inputs), expected)
+    assert other.model is not left.model
+
+
+def test_one_export_serves_all_that_start_from_the_bare_network(left, inputs, monkeypatch):
+    first = peers.peer("ONNX Runtime", left, plans.BARE).prepare()(*inputs)
+    monkeypatch.setattr(torch.onnx, "export", lambda *given, **options: pytest.fail("it is exported again"))
+    assert torch.equal(first[0], peers.peer("ONNX Runtime", again(left), plans.BARE).prepare()(*inputs)[0])
+    integers = peers.peer("quantize_static", again(left), plans.QUANTIZED).prepare()(*inputs)
+    assert 0 < relative_error(integers, first) < 0.1
+    with pytest.raises(pytest.fail.Exception, match="exported again"):
+        peers.peer("ONNX Runtime", again(left), plans.GATES).prepare()
+
+
+def test_one_compilation_has_both_targets(left, inputs, monkeypatch):
+    """Another target stands in for "aoti", which takes longer to build."""
+    monkeypatch.setitem(peers.EVERY, "fxfreeze, aoti", functools.partial(peers.fxfreeze, "torch"))
+    names = ["ONNX Runtime", "fxfreeze, onnx", "fxfreeze, aoti"]
+    first, second = (peers.peer(name, network, plans.LORA, names)
+                     for name, network in (("fxfreeze, aoti", left), ("fxfreeze, onnx", again(left))))  # fmt: skip
+    assert (first.behind, second.behind) == ("", "fxfreeze, aoti")
+    wanted = plans.reference(left, plans.LORA, *inputs)
+    assert relative_error(first.prepare()(*inputs), wanted) < 1e-5
+    monkeypatch.setattr(plans, "frozen", lambda *given: pytest.fail("it is compiled again"))
+    assert relative_error(second.prepare()(*inputs), wanted) < 1e-5
+
+
+def test_a_target_that_nobody_left_is_compiled(left, inputs):
+    call = peers.peer("fxfreeze, onnx", left, plans.BARE, ["ONNX Runtime", "fxfreeze, onnx", "fxfreeze, aoti"])
+    assert relative_error(call.prepare()(*inputs), plans.reference(left, plans.BARE, *inputs)) < 1e-5
+    assert not (left.folder / plans.BARE.name).exists()
+
+
+def test_networks_that_differ_in_their_batch_share_all_and_others_nothing(tmp_path):
+    found = {network.title: network.folder for network in networks.networks(Options(folder=tmp_path))}
+    assert found["ResNet-20, batch 1"] == found["ResNet-20, batch 64"] == tmp_path / "ResNet-20"
+    assert len(set(found.values())) == len(found) - 1
+
+
+def test_what_was_left_goes_when_its_network_is_done(tmp_path):
+    seen = []
+    for case in suite.cases(Options(folder=tmp_path)):
+        name = case.name.rpartition(", ")[0].removesuffix(", batch 1").removesuffix(", batch 64")
+        if name not in seen:
+            seen.append(name)
+            assert list(tmp_path.iterdir()) == [], case.name
+            (tmp_path / name).mkdir()
+        assert [path.name for path in tmp_path.iterdir()] == [name]
+    assert len(seen) == 9 and list(tmp_path.iterdir()) == []
+
+
+def test_of_two_that_make_the_same_one_stays(tmp_path):
+    def make(folder: Path) -> None:
+        folder.mkdir()
+        (folder / "file").write_text("first")
+        if not (tmp_path / "thing").exists():
+            shelf.shared(tmp_path, "thing", lambda other: (other.mkdir(), (other / "file").write_text("second")))
+
+    assert (shelf.shared(tmp_path, "thing", make) / "file").read_text() == "second"
+    assert [path.name for path in tmp_path.iterdir()] == ["thing"]
+
+
+def test_what_could_not_be_made_leaves_nothing(tmp_path):
+    def make(folder: Path) -> None:
+        folder.mkdir()
+        raise OSError("no space")
+
+    with pytest.raises(OSError, match="no space"):
+        shelf.shared(tmp_path, "thing", make)
+    assert list(tmp_path.iterdir()) == []

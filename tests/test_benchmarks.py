@@ -254,6 +254,29 @@ def test_the_inner_loop_is_as_long_as_the_target_asks() -> None:
     assert calibrate(clock, lambda: None, 1.0) == 100_000  # a clock that stands still ends the search
 
 
+def test_a_peer_behind_another_is_prepared_after_it() -> None:
+    done: list[str] = []
+
+    def make(name: str) -> Callable[[], Callable[..., Any]]:
+        return lambda: (time.sleep(0.05 * (name == "slow")), done.append(name), lambda: None)[-1]
+
+    peers = (Peer("waits", make("waits"), behind="slow"), Peer("free", make("free")), Peer("slow", make("slow")))
+    case = Case("case", peers, baseline="free", reference=lambda: None)
+    for builders, expected in ((1, ["slow", "waits", "free"]), (2, ["free", "slow", "waits"])):
+        done.clear()
+        Runner(quick=True, rounds=1, builders=builders).run(case)
+        assert done == expected
+    done.clear()  # the other is not measured
+    Runner(quick=True, rounds=1, wanted=lambda name: name != "slow").run(case)
+    assert done == ["free", "waits"]
+
+
+@pytest.mark.parametrize("behind", ["itself", "nobody"])
+def test_a_peer_stands_behind_another_of_its_case(behind: str) -> None:
+    with pytest.raises(ValueError, match=f"'itself' stands behind '{behind}'"):
+        Case("case", (Peer("itself", lambda: print, behind=behind),), baseline="itself", reference=print)
+
+
 def test_the_ratio_is_taken_within_each_round_so_a_slow_spell_cancels_out() -> None:
     clock = FakeClock()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -56,7 +57,7 @@ class Peer:
     raises `Unavailable` or ImportError where the peer cannot run. `observe` turns a result into the outputs
     to compare, untimed, for instance by calling a freshly compiled model. `reference` replaces the case's where
     the peer is to compute another function, `tolerance` the case's where it rounds more. `limit` is the largest
-    accepted ratio to the baseline.
+    accepted ratio to the baseline. `behind` names a peer that is prepared first, and may leave this one what it built.
     """
 
     name: str
@@ -65,6 +66,7 @@ class Peer:
     reference: Callable[..., Any] | None = None
     tolerance: float | None = None
     limit: float | None = None
+    behind: str = ""
 
 
 @dataclass(frozen=True)
@@ -107,6 +109,9 @@ class Case:
             raise ValueError(f"case {self.name!r}: two peers share a name: {names}")
         if self.baseline not in names:
             raise ValueError(f"case {self.name!r}: the baseline {self.baseline!r} is not one of {names}")
+        for peer in self.peers:
+            if peer.behind and (peer.behind == peer.name or peer.behind not in names):
+                raise ValueError(f"case {self.name!r}: {peer.name!r} stands behind {peer.behind!r}, no other peer")
 
     def tolerance_of(self, peer: Peer) -> float:
         return self.tolerance if peer.tolerance is None else peer.tolerance
@@ -114,10 +119,12 @@ class Case:
 
 @dataclass(frozen=True)
 class Options:
-    """What a benchmark file's `cases(options)` may depend on. `quick` asks for small models."""
+    """What a benchmark file's `cases(options)` may depend on. `quick` asks for small models. Processes may leave each other
+    what takes long to build in `folder`, which ends with the run."""
 
     seed: int = 0
     quick: bool = False
+    folder: Path | None = None
 
 
 def flatten(value: Any) -> list[torch.Tensor]:

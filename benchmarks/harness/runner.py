@@ -87,6 +87,15 @@ def round_orders(peers: int, rounds: int, seed: int) -> list[list[int]]:
     return [rng.sample(range(peers), peers) for _ in range(rounds)]
 
 
+def chains(entries: list[Entry]) -> list[list[Entry]]:
+    """The entries, each in the list of the one that it stands behind, where that is measured, too."""
+    found = {entry.peer.name: [entry] for entry in entries}
+    for entry in entries:
+        if first := found.get(entry.peer.behind):
+            first.extend(found.pop(entry.peer.name))
+    return list(found.values())
+
+
 class Runner:
     """Measures cases.
 
@@ -136,7 +145,7 @@ class Runner:
         """Take all peers through the case; how quiet the machine was."""
         with ThreadPoolExecutor(max(self.builders, 1)) as pool:
             # Compilers to machine code stand last and take longest: they begin, so that no builder is alone at the end.
-            list(pool.map(lambda entry: self._prepare(case, entry), reversed(entries)))
+            list(pool.map(partial(self._prepare, case), reversed(chains(entries))))
         for entry in entries:
             self.say(f"{case.name}: warming up {entry.peer.name}")
             entry.go(lambda seat: seat.warm_up(self.target))
@@ -148,9 +157,10 @@ class Runner:
             entry.go(lambda seat: seat.finish())
         return noise
 
-    def _prepare(self, case: Case, entry: Entry) -> None:
-        self.say(f"{case.name}: preparing {entry.peer.name}")
-        entry.go(lambda seat: seat.prepare())
+    def _prepare(self, case: Case, chain: list[Entry]) -> None:
+        for entry in chain:
+            self.say(f"{case.name}: preparing {entry.peer.name}")
+            entry.go(lambda seat: seat.prepare())
 
     def _measure(self, case: Case, live: list[Entry]) -> None:
         rounds = self.rounds or (case.metric.quick_rounds if self.quick else case.metric.rounds)

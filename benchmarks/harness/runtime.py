@@ -14,13 +14,15 @@ from torch import Tensor, nn
 
 from .libraries import need
 
+FILE = "model.onnx"
+
 
 def exported(
     module: nn.Module, inputs: Sequence[Tensor], names: Sequence[str], folder: Path, sizes: Any = None
 ) -> Path:
     """An ONNX file as torch's own exporter writes it."""
     need("onnxscript")
-    path = folder / "model.onnx"
+    path = folder / FILE
     with contextlib.redirect_stdout(io.StringIO()):  # it tells what it does
         torch.onnx.export(
             module, tuple(inputs), str(path), dynamo=True, input_names=names, dynamic_shapes=sizes, external_data=True

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import functools
+import shutil
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .. import models
-from ..harness import Options
+from ..harness import Options, shelf
 
 Inputs = tuple[Tensor, ...]
 TOKENS = 128
@@ -60,6 +62,8 @@ class Network:
         single: a call is one row of everything.
         tolerance: of floats. Gates and Tversky heads compare with thresholds, and have their own.
         rounding: of 8 bits, in largest outputs: of what counts as a result at all.
+        batch: what is said behind the name. Networks of one name differ in what they are called with alone.
+        folder: where processes leave each other what they built; None where they do not.
     """
 
     name: str
@@ -79,11 +83,30 @@ class Network:
     single: bool = False
     tolerance: float = 1e-4
     rounding: float = 0.25
+    batch: str = ""
+    folder: Path | None = None
+
+    @property
+    def title(self) -> str:
+        return ", ".join(filter(None, (self.name, self.batch)))
+
+    def forget(self) -> None:
+        """Remove what processes left each other."""
+        if self.folder:
+            shutil.rmtree(self.folder, ignore_errors=True)
 
     @functools.cached_property
     def model(self) -> nn.Module:
         """Not to be changed: copy it."""
-        return self.build()
+        if self.folder is None:
+            return self.build()
+        file = shelf.shared(self.folder, "model", self._write) / "model.pt"
+        model: nn.Module = torch.load(file, weights_only=False)
+        return model
+
+    def _write(self, folder: Path) -> None:
+        folder.mkdir()
+        torch.save(self.build(), folder / "model.pt")
 
     def sites(self, globs: Iterable[str]) -> list[str]:
         """Paths of the modules that match."""
@@ -116,13 +139,14 @@ class Network:
 def networks(options: Options) -> list[Network]:
     """All of them, or two small ones. Nothing is built before it is asked for."""
     seed = options.seed
-    if options.quick:
-        return [resnet20(1), encoder(seed)]
-    return [
+    found = [resnet20(1), encoder(seed)] if options.quick else [
         resnet20(1), resnet20(64), resnet("resnet18", seed), resnet("resnet50", seed), mobilenet(seed),
         vit("ViT-tiny", "vit_tiny_patch16_224", seed), vit("ViT-base", "vit_base_patch16_224", seed), bert(seed),
         gpt2(seed, decode=False), gpt2(seed, decode=True),
     ]  # fmt: skip
+    if options.folder is None:
+        return found
+    return [replace(network, folder=options.folder / network.name) for network in found]
 
 
 def repeated(draw: Callable[[torch.Generator], Inputs], count: int, seed: int = 1) -> Callable[[], list[Inputs]]:
@@ -157,8 +181,9 @@ def pictures() -> list[Inputs]:
 def resnet20(batch: int) -> Network:
     """With its public weights, on CIFAR-10."""
     return Network(
-        f"ResNet-20, batch {batch}", models.resnet20, {"x": ("batch", 3, 32, 32)}, images(batch, 3, 32, 32), pictures,
+        "ResNet-20", models.resnet20, {"x": ("batch", 3, 32, 32)}, images(batch, 3, 32, 32), pictures,
         adapted=("layer*.*.conv*",), gated=("layer*.*.bn1",), fire=0.5, head="linear", hidden=(BASIC,), features=128,
+        batch=f"batch {batch}",
     )  # fmt: skip
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .. import models
 from .. import peers as environments
-from ..harness import Peer, libraries, runtime
+from ..harness import Peer, libraries, runtime, shelf
 from . import plans
 from .networks import Network
 from .plans import Variant
@@ -97,9 +97,16 @@ def keeping(call: Any, *held: Any) -> Call:
 
 
 def onnx_file(build: Build, network: Network, variant: Variant, folder: Path) -> Path:
-    """As torch's own exporter writes it."""
-    names = list(network.shapes)
-    return runtime.exported(build(network, variant), network.example, names, folder, network.open_sizes())
+    """As torch's own exporter writes it: in `folder`, but for the bare network's, which several peers start from."""
+
+    def export(folder: Path) -> Path:
+        folder.mkdir(exist_ok=True)
+        names = list(network.shapes)
+        return runtime.exported(build(network, variant), network.example, names, folder, network.open_sizes())
+
+    if network.folder and build is plain and variant in (plans.BARE, plans.QUANTIZED):
+        return shelf.shared(network.folder, "exported", export) / runtime.FILE
+    return export(folder)
 
 
 def exported_session(module: nn.Module, inputs: Sequence[Tensor], names: Sequence[str]) -> Call:
@@ -141,9 +148,9 @@ def torchao(build: Build, network: Network, variant: Variant) -> Call:
     return fast
 
 
-def fxfreeze(network: Network, variant: Variant, target: str) -> Call:
-    """What the artifact of the plan runs, without the checks of its call."""
-    artifact = plans.frozen(network, variant, target)
+def fxfreeze(target: str, network: Network, variant: Variant, *others: str) -> Call:
+    """What the artifact of the plan runs, without the checks of its call; it has `others` for the peers behind."""
+    artifact = plans.artifact(network, variant, target, *others)
     return keeping(artifact.runner(target), artifact)
 
 
@@ -168,10 +175,15 @@ OTHERS: dict[str, Call] = {
     "merged by hand, quantize_static": functools.partial(quantize_static, merged),
 }
 OURS: dict[str, Call] = {
-    f"fxfreeze, {target}": functools.partial(fxfreeze, target=target) for target in ("onnx", "aoti", "torch")
+    f"fxfreeze, {target}": functools.partial(fxfreeze, target) for target in ("onnx", "aoti", "torch")
 }
 EVERY = PLAIN | OTHERS | OURS
 
 
-def peer(name: str, network: Network, variant: Variant) -> Peer:
-    return Peer(name, functools.partial(EVERY[name], network, variant))
+def peer(name: str, network: Network, variant: Variant, among: Collection[str] = ()) -> Peer:
+    """The peer of that name, `among` the others of a case. One artifact has both of our targets."""
+    first, second = "fxfreeze, aoti", "fxfreeze, onnx"
+    both = network.folder is not None and first in among and second in among
+    others = ("onnx",) if both and name == first else ()
+    return Peer(name, functools.partial(EVERY[name], network, variant, *others),
+                behind=first if both and name == second else "")  # fmt: skip

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .. import models
-from ..harness import Unavailable
+from ..harness import Unavailable, shelf
 from ..tversky_cpu import draw_decided
 from .networks import Hidden, Network
 
@@ -285,6 +285,20 @@ def head(network: Network) -> dict[str, Tensor]:
 def write(path: Path, tensors: dict[str, Tensor]) -> str:
     models.need("safetensors.torch").save_file({name: value.contiguous() for name, value in tensors.items()}, path)
     return str(path)
+
+
+def artifact(network: Network, variant: Variant, target: str, *others: str) -> Any:
+    """The plan's artifact, with this target at least: what another process left, or else compiled for `others`, too.
+
+    It is left where somebody will ask for it: peers of the other targets, or the same network with another batch.
+    """
+    import fxfreeze as fz
+
+    if network.folder is None or not (others or network.batch or (network.folder / variant.name).exists()):
+        return frozen(network, variant, target)
+    path = shelf.shared(network.folder, variant.name, lambda path: frozen(network, variant, target, *others).save(path))
+    found = fz.load(path)
+    return found if target in found.targets else frozen(network, variant, target)
 
 
 def frozen(network: Network, variant: Variant, *targets: str) -> Any:
