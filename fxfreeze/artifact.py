@@ -42,14 +42,14 @@ from torch import Tensor
 from . import banks, parity, weights
 from ._version import __version__
 from .binding import build, check_inputs, flatten_inputs, format_shape, top_level
-from .emit import EMITTERS, PROGRAM, Runner
+from .emit import EMITTERS, PROGRAM, Runner, on_huge_pages
 from .errors import ArtifactError, EmitError, FxfreezeError, PlanError
 from .firing import fired, gate_rows
 from .locks import alone
 from .lower import Lowering
 from .packed import READERS
 from .plan import Gate, LoRA, Plan, Quantize
-from .program import Program, integer_layers
+from .program import Program, integer_layers, on_cpu
 from .sensitivity import SiteSensitivity, ranked
 from .serialize import WEIGHTS_FILE, Interface, dense_bytes, load_program, save_program
 
@@ -206,7 +206,8 @@ class Artifact:
         """One target without any check: flat tensors to flat tensors, loaded at the first use."""
         name = name or self.manifest["default"]
         if name not in self._runners:
-            self._runners[name] = self._load(name)
+            runner = partial(self._load, name)
+            self._runners[name] = on_huge_pages(runner) if on_cpu(self.interface.inputs) else runner()
         return self._runners[name]
 
     def _load(self, name: str) -> Runner:

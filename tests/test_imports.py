@@ -74,7 +74,7 @@ TABLE: dict[str, str] = {
     "packed": "inline kernels program",
     "launched": "inline kernels packed program",
     "lower": "exporting integers kernels launched packed program sampling",
-    "emit": "binding exporting integers kernels launched lower packed program sampling serialize",
+    "emit": "binding exporting integers kernels launched lower memory packed program sampling serialize",
     "margin": "constants kernels lower program proof",
     "banks": "plan program serialize",
     "parity": "binding constants emit margin memory plan program proof report sampling",

@@ -15,9 +15,9 @@ from typing import Any
 from ..lower import Lowering
 from ..serialize import Interface
 from . import aoti, onnx, torch_compile
-from .runner import Runner
+from .runner import Runner, on_huge_pages
 
-__all__ = ["EMITTERS", "PROGRAM", "Runner", "Target"]
+__all__ = ["EMITTERS", "PROGRAM", "Runner", "Target", "on_huge_pages"]
 
 PROGRAM = "program"
 """Folder of the Program itself: the torch target runs it, and every check compares with it."""

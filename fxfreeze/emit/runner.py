@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 from torch import Tensor
+
+from ..memory import huge_pages_from_here
 
 
 class Runner(Protocol):
@@ -16,3 +19,17 @@ class Runner(Protocol):
     """
 
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]: ...
+
+
+def on_huge_pages(load: Callable[[], Runner]) -> Runner:
+    """What `load` gives. Behind the first call, all that it has allocated until then moves to huge pages."""
+    moves = [huge_pages_from_here()]
+    runner = load()
+
+    def run(*inputs: Tensor) -> tuple[Tensor, ...]:
+        results = runner(*inputs)
+        while moves:
+            moves.pop()()
+        return results
+
+    return run

@@ -1,0 +1,155 @@
+"""Where memory lies: seen from outside, in what the kernel tells of this process."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fxfreeze import Input, Plan, artifact, memory
+from fxfreeze.capture import capture
+from fxfreeze.emit import PROGRAM, Target, on_huge_pages
+from fxfreeze.lower import Lowering
+from fxfreeze.serialize import Interface, load_program, save_program
+
+SMAPS = Path("/proc/self/smaps")
+
+
+def huge_bytes(value: Tensor) -> int:
+    """Of the mapping that the tensor's middle lies in."""
+    middle = value.data_ptr() + value.nbytes // 2
+    for mapping in re.split(r"^(?=[0-9a-f]+-[0-9a-f]+ )", SMAPS.read_text(), flags=re.MULTILINE)[1:]:
+        start, end = (int(bound, 16) for bound in mapping.split(maxsplit=1)[0].split("-"))
+        if start <= middle < end:
+            return int(re.search(r"AnonHugePages:\s+(\d+)", mapping)[1]) * 1024  # type: ignore[index]
+    raise AssertionError("the tensor lies nowhere")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def kernel_can() -> None:
+    move = memory.huge_pages_from_here()
+    value = torch.ones(2**24)
+    move()
+    if not SMAPS.exists() or not huge_bytes(value):
+        pytest.skip("this kernel has no huge pages, or they are switched off")
+
+
+def test_what_came_since_moves_and_keeps_its_values() -> None:
+    move = memory.huge_pages_from_here()
+    value = torch.arange(2**24, dtype=torch.float32)  # 64 MiB: a mapping of its own
+    assert huge_bytes(value) == 0
+    move()
+    assert huge_bytes(value) >= value.nbytes - 2 * 2**21
+    assert torch.equal(value, torch.arange(2**24, dtype=torch.float32))
+
+
+def test_what_was_there_before_stays() -> None:
+    value = torch.ones(2**24)
+    memory.huge_pages_from_here()()
+    assert huge_bytes(value) == 0
+
+
+def test_only_once() -> None:
+    move = memory.huge_pages_from_here()
+    move()
+    value = torch.ones(2**24)
+    move()
+    assert huge_bytes(value) == 0
+
+
+def test_memory_that_is_hardly_used_stays_as_small() -> None:
+    move = memory.huge_pages_from_here()
+    value = torch.empty(2**24)
+    value[:: 2**18] = 1.0  # a page in each MiB
+    move()
+    assert huge_bytes(value) == 0
+
+
+def test_room_that_was_freed_and_is_used_again_counts_as_new() -> None:
+    """glibc keeps what a compiler frees, and gives it to who comes next."""
+    old = [torch.ones(2**14) for _ in range(1024)]  # 64 KiB each: no mappings of their own
+    pin = old.pop()
+    old.clear()
+    move = memory.huge_pages_from_here()
+    new = [torch.ones(2**14) for _ in range(1023)]
+    before = huge_bytes(new[512])
+    move()
+    assert huge_bytes(new[512]) - before >= 2**25
+    assert pin.sum() == 2**14
+
+
+def test_it_takes_no_longer_than_it_may(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = iter([0.0] + [2 * memory.PATIENCE] * 100_000)
+    move = memory.huge_pages_from_here()
+    value = torch.ones(2**24)
+    monkeypatch.setattr(memory.time, "monotonic", lambda: next(now))
+    move()
+    assert huge_bytes(value) == 0
+
+
+def test_a_target_moves_behind_its_first_call_and_says_the_same() -> None:
+    weights: list[Tensor] = []
+
+    def load() -> Callable[..., tuple[Tensor, ...]]:
+        weights.append(torch.ones(2**24))
+        return lambda x: (x * weights[0][5] + 1.0,)
+
+    runner = on_huge_pages(load)
+    assert huge_bytes(weights[0]) == 0
+    for _ in range(2):
+        assert torch.equal(runner(torch.ones(3))[0], torch.full((3,), 2.0))
+        assert huge_bytes(weights[0]) >= 2**25
+
+
+def test_a_first_call_that_fails_is_not_the_first() -> None:
+    weight = []
+
+    def run(x: Tensor) -> tuple[Tensor, ...]:
+        if x.numel() == 0:
+            raise ValueError("nothing to run on")
+        weight.append(torch.ones(2**24))
+        return (x,)
+
+    runner = on_huge_pages(lambda: run)
+    with pytest.raises(ValueError, match="nothing to run on"):
+        runner(torch.ones(0))
+    runner(torch.ones(1))
+    assert huge_bytes(weight[0]) > 0
+
+
+def test_an_artifact_moves_its_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    weights: list[Tensor] = []
+
+    def emit(lowering: Lowering, folder: Path) -> dict[str, Any]:
+        save_program(lowering.program, folder)
+        return {}
+
+    def load(folder: Path, interface: Interface) -> Callable[..., tuple[Tensor, ...]]:
+        weights.append(torch.ones(2**24))
+        return load_program(folder, shapes=False).run
+
+    monkeypatch.setattr(artifact, "EMITTERS", {"torch": Target(PROGRAM, emit, load)})
+    plan = Plan(inputs=[Input("x", shape=(2, 4))], targets=["torch"])
+    made = artifact.Artifact.create(capture(torch.nn.Linear(4, 4).eval(), plan)[0], plan)
+    made(torch.ones(2, 4))
+    assert huge_bytes(weights[-1]) >= 2**25
+
+
+def test_nothing_where_nobody_wants_huge_pages(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "enabled").write_text("always madvise [never]\n")
+    (tmp_path / "hpage_pmd_size").write_text(f"{2**21}\n")
+    monkeypatch.setattr(memory, "_SETTINGS", tmp_path)
+    move = memory.huge_pages_from_here()
+    value = torch.ones(2**24)
+    move()
+    assert huge_bytes(value) == 0
+
+
+def test_nothing_on_another_system(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(memory, "_SETTINGS", tmp_path / "absent")
+    memory.huge_pages_from_here()()
