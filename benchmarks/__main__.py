@@ -215,7 +215,9 @@ class Request:
                 for case in selected(name, options, self.case):
                     found = running.run(case)
                     writer.write(found)
-                    draw([record.row(m, shared) for m in found], console)
+                    if not self.quick:
+                        writer.measure_rates()
+                    draw([record.row(m, writer.shared) for m in found], console)
                     measured += found
             except Unavailable as error:  # from a case: its model cannot even be built
                 raise fail(f"{name}: {error}") from error

@@ -458,6 +458,23 @@ def test_the_rates_of_this_machine_are_measured(monkeypatch: pytest.MonkeyPatch)
     assert roofline.rates() == {"copy": 4.194e6, "float32": 1.049e6, "int8": 1.049e6}
 
 
+def test_a_rate_is_the_best_of_a_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    times = iter([2.0, 0.5, 3.0])
+    monkeypatch.setattr(roofline, "clock_for", lambda device: lambda call: next(times))
+    assert roofline._seconds(lambda: None, "cpu") == 0.5
+
+
+def test_the_rows_of_a_run_have_the_highest_rates_of_its_cases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = iter([{"cpu": {"copy": 3.0, "float32": 1.0}}, {"cpu": {"copy": 2.0, "float32": 4.0}}])
+    with record.Writer(path := tmp_path / "name.jsonl", shared(rates={"cpu": {"copy": 1.0, "float32": 2.0}})) as writer:
+        for _ in range(2):
+            writer.write(some_rows())
+            monkeypatch.setattr(record, "measured", lambda: next(found))
+            writer.measure_rates()
+    rows = record.read(path)
+    assert len(rows) == 6 and all(row["rates"] == {"cpu": {"copy": 3.0, "float32": 4.0}} for row in rows)
+
+
 # ---- a process for each peer
 
 MODULE = """
@@ -665,7 +682,7 @@ def test_a_child_process_is_measured_apart_from_its_parent(monkeypatch: pytest.M
 @pytest.fixture(autouse=True)
 def _no_rates(monkeypatch: pytest.MonkeyPatch) -> None:
     """They take a second to measure."""
-    monkeypatch.setattr(record, "rates", lambda device: {"copy": 1e9, "float32": 1e9})
+    monkeypatch.setattr(record, "measured", lambda: {"cpu": {"copy": 1e9, "float32": 1e9}})
 
 
 def shared(**changes: Any) -> record.Environment:

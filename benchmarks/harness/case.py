@@ -119,8 +119,8 @@ class Case:
 
 @dataclass(frozen=True)
 class Options:
-    """What a benchmark file's `cases(options)` may depend on. `quick` asks for small models. Processes may leave each other
-    what takes long to build in `folder`, which ends with the run."""
+    """What a benchmark file's `cases(options)` may depend on. `quick` asks for small models. Processes may leave
+    each other what takes long to build in `folder`, which ends with the run."""
 
     seed: int = 0
     quick: bool = False

@@ -8,14 +8,14 @@ import os
 import platform
 import subprocess
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from .roofline import rates
+from .roofline import highest, measured
 from .runner import Measurement
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -34,7 +34,10 @@ class ResultError(ValueError):
 
 @dataclass(frozen=True)
 class Environment:
-    """What every row of one run shares. `rates` are what each device reached at most, see roofline.py."""
+    """What every row of one run shares. `rates` are what each device reached at most, see roofline.py.
+
+    They are measured at the start and behind every case; the rows of a file have the highest.
+    """
 
     benchmark: str
     quick: bool
@@ -60,7 +63,7 @@ def environment(benchmark: str, *, quick: bool, seed: int, command: str, threads
         time=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         git=git_revision(ROOT),
         machine=machine(),
-        rates={device: rates(device) for device in ("cpu", *(["cuda"] if torch.cuda.is_available() else []))},
+        rates=measured(),
         versions=versions,
     )
 
@@ -142,12 +145,18 @@ class Writer:
             with self.partial.open("a", encoding="utf-8") as file:
                 file.writelines(lines)
 
+    def measure_rates(self) -> None:
+        """Ask again what the devices reach, for the rows that there are and those that follow."""
+        self.shared = replace(self.shared, rates=highest(self.shared.rates, measured()))
+
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
         if self.partial is None or self.path is None:
             return
-        if self.partial.stat().st_size == 0:
+        if not (lines := self.partial.read_text(encoding="utf-8").splitlines()):
             self.partial.unlink()
         elif kind is None:
+            rows = [json.loads(line) | {"rates": self.shared.rates} for line in lines]
+            self.partial.write_text("".join(json.dumps(row, allow_nan=False) + "\n" for row in rows), encoding="utf-8")
             self.partial.replace(self.path)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable
 from typing import Any
 
@@ -13,13 +12,13 @@ from .clock import clock_for
 
 BYTES = 2**28
 SIDE = {"cpu": 2048, "cuda": 8192}
-SAMPLES = 5
+SAMPLES = 3
 
 
 def rates(device: str = "cpu") -> dict[str, float]:
     """Bytes per second of a copy (read and written), and operations per second of square products, per dtype.
 
-    Medians of a few, with the threads that are set. A network that fits into the cache is not bound by the first.
+    The best of a few, with the threads that are set. A network that fits into the cache is not bound by the first.
     """
     source = torch.zeros(BYTES, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
@@ -37,7 +36,22 @@ def rates(device: str = "cpu") -> dict[str, float]:
 def _seconds(call: Callable[[], Any], device: str) -> float:
     call()
     clock = clock_for(device)
-    return statistics.median(clock(call) for _ in range(SAMPLES))
+    return min(clock(call) for _ in range(SAMPLES))
+
+
+def measured() -> dict[str, dict[str, float]]:
+    """The rates of every device that there is."""
+    return {device: rates(device) for device in ("cpu", *(["cuda"] if torch.cuda.is_available() else []))}
+
+
+def highest(*found: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
+    """Of rates that were measured one after the other: a virtual machine is faster at times than at others."""
+    merged: dict[str, dict[str, float]] = {}
+    for devices in found:
+        for device, known in devices.items():
+            best = merged.setdefault(device, {})
+            best.update({name: max(rate, best.get(name, rate)) for name, rate in known.items()})
+    return merged
 
 
 def bound(work: Work, known: dict[str, float]) -> float | None:
