@@ -38,6 +38,13 @@ def reference(x: Tensor, scale: Tensor, zero_point: Tensor, axis: int, block: in
     return (steps + spread(zero_point, x, axis, block)).clamp(low, high).to(stored(low, high))
 
 
+def eager(x: Tensor, scale: Tensor, zero_point: Tensor, axis: int, block: int, low: int, high: int) -> Tensor:
+    """As `reference`, in the memory of one float value."""
+    _check(x, scale, zero_point, axis, block, low, high)
+    steps = (x / spread(scale, x, axis, block).to(x.dtype)).round_()
+    return steps.add_(spread(zero_point, x, axis, block)).clamp_(low, high).to(stored(low, high))
+
+
 def fake(x: Tensor, scale: Tensor, zero_point: Tensor, axis: int, block: int, low: int, high: int) -> Tensor:
     _check(x, scale, zero_point, axis, block, low, high)
     return torch.empty_like(x, dtype=stored(low, high))
@@ -58,4 +65,4 @@ def _check(x: Tensor, scale: Tensor, zero_point: Tensor, axis: int, block: int, 
     check("quantize", x, scale, zero_point, axis, block)
 
 
-KERNEL = register(Kernel("quantize", SCHEMA, reference, fake))
+KERNEL = register(Kernel("quantize", SCHEMA, reference, fake, eager=eager))

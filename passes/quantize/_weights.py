@@ -52,12 +52,10 @@ class Integers:
     scale: Tensor
     layout: Layout
 
-    def floats(self) -> Tensor:
-        """What they stand for, in float64."""
+    def floats(self, dtype: torch.dtype = torch.float64) -> Tensor:
+        """What they stand for; rounded once, for the product of an integer and a scale is exact in float64."""
         zero = torch.zeros_like(self.scale, dtype=torch.int8)
-        return DEQUANTIZE.op(
-            self.values, self.scale.double(), zero, self.layout.axis, self.layout.block, torch.float64
-        )  # fmt: skip
+        return DEQUANTIZE.op(self.values, self.scale.to(dtype), zero, self.layout.axis, self.layout.block, dtype)
 
 
 def to_integers(weight: Tensor, layout: Layout, bits: int, dtype: torch.dtype, least: Tensor | None = None) -> Integers:
@@ -89,7 +87,7 @@ def computed(site: Site, value: Tensor, integers: Integers, bias: Tensor | None)
     """What the layer makes of `value`, its input, with that weight; `bias`: of a layer that has one."""
     operator, dtype = site.operator, site.operator.weight.meta["val"].dtype
     given = {} if bias is None else {"bias": bias.to(dtype)}
-    args, kwargs = operator.call_arguments(input=value, weight=integers.floats().to(dtype), **given)
+    args, kwargs = operator.call_arguments(input=value, weight=integers.floats(dtype), **given)
     return operator.node.target(*args, **kwargs)  # type: ignore[operator, no-any-return]
 
 

@@ -53,6 +53,26 @@ def test_it_is_what_onnx_says(layout: str, kind: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", RANGES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_in_less_memory_the_bits_are_the_same(layout: str, kind: str, dtype: torch.dtype) -> None:
+    scale, zero_point, axis, block = operands(layout, kind)
+    x, scale = (torch.randn(3, 8, 5) * 4).to(dtype), scale.to(dtype)
+    whole = QUANTIZE.op(x, scale, zero_point, axis, block, *RANGES[kind])
+    assert torch.equal(whole, QUANTIZE.reference(x, scale, zero_point, axis, block, *RANGES[kind]))
+    found = DEQUANTIZE.op(whole, scale, zero_point, axis, block, dtype)
+    want = DEQUANTIZE.reference(whole, scale, zero_point, axis, block, dtype)
+    assert torch.equal(found.view(torch.uint8), want.view(torch.uint8))  # with the sign of zeros
+
+
+def test_a_gradient_reaches_the_scale() -> None:
+    q, zero_point = torch.tensor([3, 5], dtype=torch.uint8), torch.tensor(1, dtype=torch.uint8)
+    scale = torch.tensor(0.5, requires_grad=True)
+    DEQUANTIZE.op(q, scale, zero_point, 0, 0, torch.float32).sum().backward()
+    assert scale.grad is not None and float(scale.grad) == 6.0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16], ids=str)
 def test_halves_go_to_even_before_the_zero_point_is_added(dtype: torch.dtype) -> None:
     x = torch.tensor([-2.5, -1.5, -0.5, 0.5, 1.5, 2.5], dtype=dtype)
     found = QUANTIZE.op(x, torch.ones((), dtype=dtype), torch.tensor(1, dtype=torch.int8), 0, 0, -128, 127)
