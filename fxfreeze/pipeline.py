@@ -97,9 +97,10 @@ def run_passes(
     prover = Prover(program, proof_draws(program, verify) if draws is None else draws)
     dump = _Dumper(os.environ.get("FXFREEZE_DEBUG"))
     dump("capture", program)
-    rows = []
+    rows, fingerprint = [], program.fingerprint()
     for item in passes:
-        rows.append(_run_one(item, program, ctx, prover))
+        row, fingerprint = _run_one(item, program, ctx, prover, fingerprint)
+        rows.append(row)
         if rows[-1].rewrites:
             dump(item.name, program, ctx)
         ctx.near_misses.clear()
@@ -119,8 +120,9 @@ def stage_passes(passes: Sequence[Pass], stages: Iterable[str]) -> list[Pass]:
     return [item for item in passes if item.stage in wanted]
 
 
-def _run_one(item: Pass, program: Program, ctx: Context, prover: Prover) -> PassRow:
-    before, interface, size = program.fingerprint(), _interface(program), _operators(program)
+def _run_one(item: Pass, program: Program, ctx: Context, prover: Prover, before: str) -> tuple[PassRow, str]:
+    """Its row, and the program's fingerprint now; `before`: the one until now."""
+    interface, size = _interface(program), _operators(program)
     tensors = {name: program.state.tensor(name) for name in program.state}
     versions = {name: (weakref.ref(value), version(value)) for name, value in tensors.items()}
     del tensors  # what the pass replaces can go
@@ -135,7 +137,8 @@ def _run_one(item: Pass, program: Program, ctx: Context, prover: Prover) -> Pass
                 f"pass {item.name!r} wrote to constant {name!r} in place, which may be the user's own tensor",
                 where=item.name, hint="put a new tensor into program.state; this is a defect of the pass",
             )  # fmt: skip
-    changed = program.fingerprint() != before
+    after = program.fingerprint()
+    changed = after != before
     if changed != bool(rewrites):
         raise PassError(
             f"pass {item.name!r} reported {rewrites} rewrites, but the program {'changed' if changed else 'did not'}",
@@ -148,7 +151,8 @@ def _run_one(item: Pass, program: Program, ctx: Context, prover: Prover) -> Pass
         error = proof.error if proof else None
         if not item.exact and item.stage not in REPRODUCED:
             ctx.source = program.clone()
-    return PassRow(item.name, item.stage, item.exact, rewrites, size, _operators(program), seconds, error)
+    row = PassRow(item.name, item.stage, item.exact, rewrites, size, _operators(program), seconds, error)
+    return row, after
 
 
 def _check_result(item: Pass, program: Program, interface: Any) -> None:
