@@ -16,7 +16,8 @@ from __future__ import annotations
 import hashlib
 import operator
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -150,6 +151,9 @@ class Program:
     folds: dict[str, Fold] = field(default_factory=dict)
     taps: tuple[str, ...] = ()
     left: dict[str, str] = field(default_factory=dict)
+    _kept: dict[tuple[Recipe, torch.dtype], torch.Tensor] | None = field(
+        default=None, init=False, repr=False, compare=False
+    )
 
     # ------------------------------------------------------------------ reading
 
@@ -181,9 +185,33 @@ class Program:
         value = self.constant(node)
         return None if value is None else lift(value)
 
+    def is_constant(self, node: Any) -> bool:
+        """Whether :meth:`constant` gives a tensor, which it may have to compute."""
+        return isinstance(node, Node) and node.op == "get_attr" and str(node.target) in self.state
+
     def stored(self, node: Node) -> torch.Tensor:
         """The tensor behind a ``get_attr`` node in the dtype that it is stored in: the `load` of :meth:`execute`."""
-        return self.state[str(node.target)].to(node.meta["val"].dtype)
+        name, dtype = str(node.target), node.meta["val"].dtype
+        held = self.state.held(name)
+        if self._kept is None or not isinstance(held, Recipe):
+            return self.state[name].to(dtype)
+        # By the recipe, which is another one as soon as something is folded into the constant.
+        if (held, dtype) not in self._kept:
+            self._kept[held, dtype] = self.state[name].to(dtype)
+        return self._kept[held, dtype]
+
+    @contextmanager
+    def computed_once(self) -> Iterator[None]:
+        """While it lasts, :meth:`stored` keeps what it computes: as much as the folded constants will take in the end.
+
+        For many runs: a fold is computed in float64, which takes longer than many a layer.
+        """
+        before = self._kept
+        self._kept = {} if before is None else before
+        try:
+            yield
+        finally:
+            self._kept = before
 
     def module_path(self, node: Node) -> str:
         """Path of the module whose forward made `node`, as the user knows it; "" for the model itself."""

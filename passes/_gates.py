@@ -52,7 +52,7 @@ def hard_gate(program: Program, node: Node) -> HardGate | NoMatch:
     if given["temperature"] is not None:
         return fail("the gate is soft", node)
     for name in ("threshold", "gain"):
-        if given[name] is not None and program.constant(given[name]) is None:
+        if given[name] is not None and not program.is_constant(given[name]):
             return fail(f"its {name} is not a parameter but computed by {given[name].target}", node)
     ndim = node.meta["val"].ndim
     dim = given["dim"] % ndim - ndim

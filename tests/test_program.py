@@ -215,6 +215,24 @@ def test_the_fingerprint_sees_new_and_overwritten_constants(program: Program) ->
 # ---- constants
 
 
+def test_a_fold_is_computed_once_until_something_else_is_folded_in(program: Program) -> None:
+    weight = node(program, aten.linear.default).args[1]
+    assert isinstance(weight, torch.fx.Node)
+    name, calls = str(weight.target), list[int]()
+
+    def double(value: Tensor) -> Tensor:
+        calls.append(1)
+        return value * 2
+
+    program.state[name] = program.state.recipe(name).then(double)
+    with program.computed_once():
+        first = program.stored(weight)
+        assert program.stored(weight) is first and len(calls) == 1 and first.dtype == weight.meta["val"].dtype
+        program.state[name] = program.state.recipe(name).then(lambda value: value + 1)
+        assert torch.equal(program.stored(weight), first + 1)
+    assert program.stored(weight) is not program.stored(weight)
+
+
 def test_rebind_changes_one_reader_only(program: Program) -> None:
     relu, weight = node(program, aten.relu.default), node(program, aten.linear.default).args[1]
     assert isinstance(weight, torch.fx.Node)

@@ -48,7 +48,7 @@ class FoldCodebook(NodeRewrite):
     def rewrite(self, program: Program, node: Node, ctx: Context) -> bool | NoMatch:
         given = arguments(node)
         for name in ("keys", "values", "bias"):
-            if given[name] is not None and program.constant(given[name]) is None:
+            if given[name] is not None and not program.is_constant(given[name]):
                 return fail(f"its {name} are not constant but computed by {given[name].target}", node)
         front = fold_front(program, node)
         if isinstance(front, str):

@@ -255,7 +255,7 @@ def _may_be_infinite(program: Program, value: Any) -> str | None:
 
 def _keeps_finite(program: Program, node: Node) -> bool:
     """Whether the numbers written into the call of an operator in :data:`FINITE` leave its result finite."""
-    if node.target in QUOTIENTS and program.constant(node.args[1]) is None and isinstance(node.args[1], Node):
+    if node.target in QUOTIENTS and not program.is_constant(node.args[1]) and isinstance(node.args[1], Node):
         return False
     if node.target not in PRODUCTS | QUOTIENTS | SWAPPED | frozenset(SUMS):
         return True

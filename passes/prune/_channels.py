@@ -199,7 +199,7 @@ class _Walk:
             return fail(f"{_name(user)} spreads it along its dim", user)
         if not isinstance(other, Node) or other is value or not _varies(other, dim):
             return dim, span
-        if self.program.constant(other) is None:
+        if not self.program.is_constant(other):
             self.joins.append((user, other, False))
             return dim, span
         cut = Cut(other, user, dim, span)
@@ -285,7 +285,7 @@ class _Walk:
         for operand in node.args[:2]:
             if not isinstance(operand, Node) or not _varies(operand, dim):
                 continue
-            if self.program.constant(operand) is None:
+            if not self.program.is_constant(operand):
                 sources.append((operand, dim))
             else:
                 self.found.cuts[Cut(operand, node, dim)] = None
@@ -296,7 +296,7 @@ class _Walk:
         for name in ("weight", "bias", "running_mean", "running_var"):
             if given[name] is None:
                 continue
-            if self.program.constant(given[name]) is None:
+            if not self.program.is_constant(given[name]):
                 return fail(f"the {name} of {_name(node)} is computed", node)
             self.found.cuts[Cut(given[name], node, -1)] = None
         return [(given["input"], dim)]

@@ -129,8 +129,9 @@ class _Search:
         own = next(item for item in node.all_input_nodes if item.name == weight.name)
         thin.rebind(own, self._product(rank).to(program.state[str(weight.target)].dtype), user=node)
         tallies = OutputTallies(program.outputs)
-        for inputs in self.ctx.calibration.of(program):
-            tallies.add(inputs, thin.run(*inputs), program.run(*inputs))
+        with thin.computed_once(), program.computed_once():
+            for inputs in self.ctx.calibration.of(program):
+                tallies.add(inputs, thin.run(*inputs), program.run(*inputs))
         counts = [(tally.hits, tally.count) for tally in tallies.tallies.values() if tally.count]
         return _Kept(min(hits / count for hits, count in counts), tallies.basis(self.ctx)) if counts else None
 

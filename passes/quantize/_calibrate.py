@@ -49,7 +49,8 @@ def observe(program: Program, ctx: Context, values: Mapping[Node, Method]) -> Se
 
     observers = {node: Observer(method, _channel_dim(node)) for node, method in values.items()}
     count = rows = quiet = 0
-    with tqdm(ctx.calibration.of(program), desc="calibration", unit="batch", disable=None) as batches:
+    bar = tqdm(ctx.calibration.of(program), desc="calibration", unit="batch", disable=None)
+    with program.computed_once(), bar as batches:
         for count, inputs in enumerate(batches, 1):  # noqa: B007
             widths = {node: observer.high - observer.low for node, observer in observers.items()}
             watched_run(program, inputs, lambda node, value: _look(program, observers, node, value))

@@ -163,7 +163,7 @@ def _layers(program: Program) -> Iterator[tuple[Node, str]]:
     """Every operator with a weight of the model's, and the module that its user would name."""
     for node in program.graph.nodes:
         operator = weight_operator(node)
-        if not isinstance(operator, WeightOperator) or program.constant(operator.weight) is None:
+        if not isinstance(operator, WeightOperator) or not program.is_constant(operator.weight):
             continue
         path, owner = program.module_path(node), str(operator.weight.target).rpartition(".")[0]
         yield node, owner if owner.startswith(f"{path}.") else path

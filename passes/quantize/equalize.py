@@ -136,7 +136,7 @@ def _back(program: Program, affine: Affine) -> list[Move] | NoMatch:
         return fail(f"the channels of {node.name} lie along another dim than the one it norms", node)
     given = arguments(node)
     learnt = [given.get(name) for name in ("weight", "bias")]
-    constant = all(item is None or program.constant(item) is not None for item in learnt)
+    constant = all(item is None or program.is_constant(item) for item in learnt)
     if not constant or len(given["normalized_shape"]) != 1 or set(node.users) != {affine.node}:
         return fail(f"{node.name} is read elsewhere too, or is no norm of one dim with constants", node)
     return [NormGain(node, affine.gain)]

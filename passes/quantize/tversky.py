@@ -108,7 +108,7 @@ def _problem(program: Program, head: Head, targets: Sequence[str]) -> str | None
         return reason
     if how.threshold < 0:
         return f"features with negative measures are present above {how.threshold:g}, and the grid begins at 0"
-    if any(program.constant(_read(head.node, name)) is None for name in ("measures", "totals", *_WEIGHTS)):
+    if any(not program.is_constant(_read(head.node, name)) for name in ("measures", "totals", *_WEIGHTS)):
         return "its prototypes or its weights are computed in the graph, not constant"
     return problem(how, measures.shape[0])
 
