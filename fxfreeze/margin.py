@@ -145,9 +145,10 @@ def decides(program: Program) -> bool:
     )
 
 
+Distance = Callable[[], Tensor] | None
 Change = Callable[..., Tensor]
-"""Left and right side of a comparison, and how far left is from where it jumps, if that is not its distance to right;
-returns another left side."""
+"""Left and right side of a comparison, and a function that says how far left is from where it jumps, if that is not its
+distance to right; returns another left side."""
 Neighbours = Callable[[Change, Tensor, Tensor, int], Tensor]
 
 
@@ -175,8 +176,8 @@ class _Comparisons(TorchDispatchMode):
     Of a top-k, `neighbours` is given `change`, what it picks from along the last dim, the best first order of that, and
     how many it picks; it returns what to pick from instead. What is picked keeps its own value.
 
-    Of a quantize, `change` is given x / scale, 0, and its distance to where that jumps, k + 1/2 for integers;
-    `integers` is given the result, and returns another one.
+    Of a quantize, `change` is given x / scale, 0, and what tells its distance to where that jumps, k + 1/2 for
+    integers; `integers` is given the result, and returns another one.
 
     Other operators of ours run as their reference, so that the comparisons inside are seen as well.
     """
@@ -210,12 +211,12 @@ class _Comparisons(TorchDispatchMode):
         self, x: Tensor, scale: Tensor, zero_point: Tensor, axis: int, block: int, low: int, high: int
     ) -> Tensor:
         steps = x / spread(scale, x, axis, block)
-        moved = self._change(steps, 0.0, steps - (steps.floor() + 0.5))
+        moved = self._change(steps, 0.0, lambda: steps - (steps.floor() + 0.5))
         return self._integers(QUANTIZE.reference(moved, torch.ones_like(scale), zero_point, axis, block, low, high))
 
     def _quantize_float8(self, x: Tensor, scale: Tensor) -> Tensor:
         steps = x.to(scale.dtype) / scale
-        moved = self._change(steps, 0.0, to_jump(steps))
+        moved = self._change(steps, 0.0, lambda: to_jump(steps))
         return self._integers(QUANTIZE_FLOAT8.reference(moved, torch.ones_like(scale)))
 
     def _pick(self, values: Tensor, k: int, dim: int = -1, largest: bool = True, sorted: bool = True) -> Any:
@@ -245,7 +246,7 @@ def _may_float(node: Any) -> bool:
     return value is None or (isinstance(value, Tensor) and value.is_floating_point())
 
 
-def _note(rounded: deque[Tensor], left: Tensor, right: Any, distance: Tensor | None = None) -> Tensor:
+def _note(rounded: deque[Tensor], left: Tensor, right: Any, distance: Distance = None) -> Tensor:
     rounded.append(left - right)
     return left
 
@@ -257,7 +258,7 @@ def _keep(integers: deque[Tensor], found: Tensor) -> Tensor:
 
 def _measure(
     rounded: deque[Tensor], margins: list[Tensor], close: list[bool], left: Tensor, right: Any,
-    distance: Tensor | None = None,
+    distance: Distance = None,
 ) -> Tensor:  # fmt: skip
     """Append the margin of this comparison, one number per row, 0 where both dtypes found the sides equal, and whether
     any of its decisions lies within it.
@@ -271,7 +272,7 @@ def _measure(
     margin = _ROUNDINGS * _mean(rounding) + _EPS * torch.finfo(noted.dtype).eps * size
     tied = (exact == 0) & (noted == 0)
     margins.append(margin * ~tied if bool(tied.any()) else margin)
-    jump = exact if distance is None else distance
+    jump = exact if distance is None else distance()
     close.append(bool(((jump.abs() <= margins[-1]) & ~tied).any()))
     return left
 
@@ -288,7 +289,7 @@ def _shift(margins: Sequence[Tensor], sign: float, seed: int | None) -> Callable
     following = iter(margins)
     generator = None if seed is None else torch.Generator().manual_seed(seed)
 
-    def shift(left: Tensor, right: Any, distance: Tensor | None = None) -> Tensor:
+    def shift(left: Tensor, right: Any, distance: Distance = None) -> Tensor:
         margin = sign * next(following)
         if generator is None:
             return left + margin
