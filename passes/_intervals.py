@@ -287,15 +287,18 @@ def square(value: Interval) -> Interval:
 
 
 def weighted(product: Callable[[Tensor, Tensor], Tensor], value: Interval, weight: Tensor) -> Interval:
-    """Of a product that is linear in both: each weight meets the end that its sign asks for."""
-    up, down = weight.clamp(min=0), weight.clamp(max=0)
+    """Of a product that is linear in both: each weight meets the end that its sign asks for.
+
+    w · x is w · centre ± |w| · radius, which takes one product for either part.
+    """
     low, high = (torch.where(end.isinf(), 0.0, end) for end in (value.low, value.high))
-    above = product(high, up) + product(low, down)
-    below = product(low, up) + product(high, down)
-    terms = product(torch.maximum(low.abs(), high.abs()), weight.abs())
+    size, centre = weight.abs(), product(low / 2 + high / 2, weight)
+    radius = product(high / 2 - low / 2, size)
+    above, below = centre + radius, centre - radius
+    terms = product(torch.maximum(low.abs(), high.abs()), size)
     if not bool(value.low.isfinite().all() and value.high.isfinite().all()):
         endless, bottomless = value.high.isinf().double(), value.low.isinf().double()
-        rises, falls = (up > 0).double(), (down < 0).double()
+        rises, falls = (weight > 0).double(), (weight < 0).double()
         above = torch.where(product(endless, rises) + product(bottomless, falls) > 0, math.inf, above)
         below = torch.where(product(bottomless, rises) + product(endless, falls) > 0, -math.inf, below)
     return replace(_made(below, above, terms * 1e-12), terms=terms)
