@@ -59,7 +59,6 @@ Rule = Callable[[Node, dict[str, Any]], Any]
 """The operator's node and its arguments by name, tensors as intervals, to the interval of its result."""
 
 
-@torch.no_grad()
 def intervals(program: Program, *, rounding: bool = False) -> dict[Node, Interval]:
     """Bounds of every input and every result of an operator, where its shape is known apart from the number of rows.
 
@@ -69,21 +68,67 @@ def intervals(program: Program, *, rounding: bool = False) -> dict[Node, Interva
         program: stays as it is.
         rounding: let the bounds hold for a run in the storage dtypes too, with what its operators usually round away.
     """
-    rows = {str(size.node.expr) for node in program.placeholders if node.meta["val"].ndim
-            if isinstance(size := node.meta["val"].shape[0], torch.SymInt)}  # fmt: skip
-    found: dict[Node, Any] = {}
-    for node, spec in zip(program.placeholders, program.inputs, strict=True):
-        found[node] = _declared(spec, _sizes(node, rows))
-    for node in program.graph.nodes:
-        if node.op != "call_function":
-            continue
-        constants = [item for item in node.all_input_nodes if item.op == "get_attr"]
-        found.update({item: _constant(program, item) for item in constants})
-        made = _result(node, found, rows)
-        found[node] = _with_rounding(node, made) if rounding and isinstance(made, Interval) else made
-        for item in constants:  # a model's weights need not all be there in float64 at once
-            del found[item]
-    return {node: item for node, item in found.items() if isinstance(item, Interval)}
+    return {
+        node: item for node, item in Bounds(program, rounding=rounding).found().items() if isinstance(item, Interval)
+    }
+
+
+@dataclass(frozen=True)
+class _Source:
+    """What an interval was computed from, apart from the intervals of operands."""
+
+    call: tuple[Any, ...]
+    value: Any
+
+    @classmethod
+    def of(cls, program: Program, node: Node) -> _Source:
+        names = [str(item.target) for item in node.all_input_nodes if item.op == "get_attr"]
+        constants = tuple(program.state.identity(name) for name in names if name in program.state)
+        return cls((node.target, node.args, dict(node.kwargs), constants), node.meta.get("val"))
+
+    def same(self, other: _Source) -> bool:
+        return self.value is other.value and self.call == other.call
+
+
+class Bounds:
+    """:func:`intervals` on demand, of a program that is rewritten meanwhile: only what a rewrite changed, and what lies
+    behind that, is computed again, and nothing behind the node that was asked for."""
+
+    def __init__(self, program: Program, *, rounding: bool = False) -> None:
+        self.program, self.rounding = program, rounding
+        self._known: dict[Node, tuple[_Source, Any]] = {}
+
+    def of(self, node: Node) -> Interval | None:
+        """Bounds of a value, None where it may be anything."""
+        found = self.found(node).get(node)
+        return found if isinstance(found, Interval) else None
+
+    @torch.no_grad()
+    def found(self, last: Node | None = None) -> dict[Node, Any]:
+        """What is known of every node up to `last`: an interval, several, or None."""
+        program, fresh = self.program, set[Node]()
+        rows = {str(size.node.expr) for node in program.placeholders if node.meta["val"].ndim
+                if isinstance(size := node.meta["val"].shape[0], torch.SymInt)}  # fmt: skip
+        found: dict[Node, Any] = {}
+        for node, spec in zip(program.placeholders, program.inputs, strict=True):
+            found[node] = _declared(spec, _sizes(node, rows))
+        for node in program.graph.nodes:
+            if node.op == "call_function":
+                source, known = _Source.of(program, node), self._known.get(node)
+                if known is None or not source.same(known[0]) or not fresh.isdisjoint(node.all_input_nodes):
+                    self._known[node] = source, self._made(node, found, rows)
+                    fresh.add(node)
+                found[node] = self._known[node][1]
+            if node is last:
+                break
+        return found
+
+    def _made(self, node: Node, found: dict[Node, Any], rows: set[str]) -> Any:
+        # A model's weights need not all be there in float64 at once.
+        operands = {item: _constant(self.program, item) if item.op == "get_attr" else found.get(item)
+                    for item in node.all_input_nodes}  # fmt: skip
+        made = _result(node, operands, rows)
+        return _with_rounding(node, made) if self.rounding and isinstance(made, Interval) else made
 
 
 def _with_rounding(node: Node, made: Interval) -> Interval:
@@ -292,8 +337,9 @@ def weighted(product: Callable[[Tensor, Tensor], Tensor], value: Interval, weigh
     w · x is w · centre ± |w| · radius, which takes one product for either part.
     """
     low, high = (torch.where(end.isinf(), 0.0, end) for end in (value.low, value.high))
-    size, centre = weight.abs(), product(low / 2 + high / 2, weight)
-    radius = product(high / 2 - low / 2, size)
+    size = weight.abs()
+    product = _sparing(product, bool(size.sum().isfinite()))
+    centre, radius = product(low / 2 + high / 2, weight), product(high / 2 - low / 2, size)
     above, below = centre + radius, centre - radius
     terms = product(torch.maximum(low.abs(), high.abs()), size)
     if not bool(value.low.isfinite().all() and value.high.isfinite().all()):
@@ -302,6 +348,21 @@ def weighted(product: Callable[[Tensor, Tensor], Tensor], value: Interval, weigh
         above = torch.where(product(endless, rises) + product(bottomless, falls) > 0, math.inf, above)
         below = torch.where(product(bottomless, rises) + product(endless, falls) > 0, -math.inf, below)
     return replace(_made(below, above, terms * 1e-12), terms=terms)
+
+
+def _sparing(product: Callable[[Tensor, Tensor], Tensor], finite: bool) -> Callable[[Tensor, Tensor], Tensor]:
+    """`product`, which is not computed where its first operand is 0 everywhere: what has no bounds has many such parts.
+
+    Args:
+        finite: the weights are.
+    """
+
+    def found(x: Tensor, weight: Tensor) -> Tensor:
+        if not finite or bool(x.any()):
+            return product(x, weight)
+        return x.new_zeros(product(x.to("meta"), weight.to("meta")).shape)
+
+    return found
 
 
 # ---- rules

@@ -11,7 +11,7 @@ from fxfreeze.program import Origin, Program
 from fxfreeze.rewrite import Context, NoMatch, Outcome, Pass
 
 from .._gates import GATE, HardGate, hard_gate
-from .._intervals import Interval, intervals
+from .._intervals import Bounds, Interval
 from ._channels import Channels, channels
 
 
@@ -35,16 +35,13 @@ class DeadNeurons(Pass):
     name, stage = "dead-neurons", "prune"
 
     def run(self, program: Program, ctx: Context) -> int:
-        count, bounds = 0, None
+        count, bounds = 0, Bounds(program, rounding=True)
         for node in program.graph.find_nodes(op="call_function", target=GATE):
             gate = hard_gate(program, node)
             if isinstance(gate, NoMatch):
                 ctx.near_misses.append(gate)
                 continue
-            if bounds is None:
-                bounds = intervals(program, rounding=True)
-            if self._prune(program, gate, bounds.get(gate.value), ctx):
-                count, bounds = count + 1, None  # shapes are others now
+            count += self._prune(program, gate, bounds.of(gate.value), ctx)
         return count
 
     def _prune(self, program: Program, gate: HardGate, bound: Interval | None, ctx: Context) -> bool:

@@ -18,7 +18,7 @@ from fxfreeze.capture import capture
 from fxfreeze.constants import lift
 from fxfreeze.kernels.gate import KERNEL
 from fxfreeze.passes import _intervals as module
-from fxfreeze.passes._intervals import Interval, intervals
+from fxfreeze.passes._intervals import Bounds, Interval, intervals
 from fxfreeze.passes.clean.noops import StripNoOps
 from fxfreeze.program import Program, lifted_call
 from fxfreeze.rewrite import Context
@@ -453,3 +453,38 @@ def test_wrong_rules_are_caught(monkeypatch: pytest.MonkeyPatch, name: str, brok
     model = Fn(lambda m, x, layer: F.gelu(layer(x)) + x.sum(0), nn.Linear(4, 4))
     with pytest.raises(AssertionError):
         assert_sound(program_of(model, image("batch", 4, low=-3.0, high=1.0)), draws=50)
+
+
+def test_behind_a_rewrite_bounds_are_computed_again_and_nowhere_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    layers = [nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4)]
+    plan = fz.Plan(inputs=[fz.Input("x", shape=(2, 4), low=-1.0, high=1.0)])
+    program = capture(nn.Sequential(*layers).eval(), plan)[0]
+    looked: list[Node] = []
+    original = module._result
+    monkeypatch.setattr(module, "_result", lambda node, *rest: looked.append(node) or original(node, *rest))
+    first, relu, second, last, third = [node for node in program.graph.nodes if node.op == "call_function"]
+    bounds = Bounds(program)
+    assert bounds.of(last) is not None and looked == [first, relu, second, last]
+    weight = second.args[1]
+    assert isinstance(weight, Node)
+    program.rebind(weight, program.state[str(weight.target)] * 2, user=second)
+    looked.clear()
+    found, fresh = bounds.of(third), intervals(program)[third]
+    assert found is not None and torch.equal(found.low, fresh.low) and torch.equal(found.high, fresh.high)
+    assert looked[:3] == [second, last, third]
+
+
+def test_what_has_no_bounds_costs_no_product() -> None:
+    calls = []
+
+    def product(x: Tensor, weight: Tensor) -> Tensor:
+        if not x.is_meta:
+            calls.append(1)
+        return torch.matmul(x, weight)
+
+    ends = torch.zeros(2, 3, dtype=torch.float64), torch.full((2, 3), math.inf, dtype=torch.float64)
+    found = module.weighted(product, Interval(*ends), torch.tensor([[1.0], [-1.0], [0.0]], dtype=torch.float64))
+    assert len(calls) == 2 and bool(found.low.isinf().all() and found.high.isinf().all())
+    bad = module.weighted(product, Interval(*ends), torch.tensor([[math.inf], [1.0], [1.0]], dtype=torch.float64))
+    assert bool(bad.low.isinf().all() and bad.high.isinf().all())

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.fx import Node
 
 import fxfreeze as fz
 from fxfreeze.capture import capture
@@ -17,7 +18,7 @@ from fxfreeze.kernels.gate import KERNEL
 from fxfreeze.passes import PIPELINE, _intervals
 from fxfreeze.passes.clean.constants import FoldConstants
 from fxfreeze.passes.clean.noops import StripNoOps
-from fxfreeze.passes.prune import _channels, dead_neurons
+from fxfreeze.passes.prune import _channels
 from fxfreeze.passes.prune.dead_neurons import DeadNeurons
 from fxfreeze.pipeline import run_passes
 from fxfreeze.program import Fold, Origin, Program
@@ -439,11 +440,13 @@ def test_the_proof_rejects_the_wrong_columns(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_the_proof_rejects_lower_bounds_for_upper_ones(monkeypatch: pytest.MonkeyPatch) -> None:
-    original = dead_neurons.intervals
-    flipped = lambda program, **options: {  # noqa: E731
-        node: _intervals.Interval(item.high, item.low) for node, item in original(program, **options).items()
-    }
-    monkeypatch.setattr(dead_neurons, "intervals", flipped)
+    original = _intervals.Bounds.of
+
+    def flipped(bounds: _intervals.Bounds, node: Node) -> _intervals.Interval | None:
+        found = original(bounds, node)
+        return None if found is None else _intervals.Interval(found.high, found.low)
+
+    monkeypatch.setattr(_intervals.Bounds, "of", flipped)
     refuted()
 
 
