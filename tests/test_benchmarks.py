@@ -661,6 +661,7 @@ def test_a_child_process_is_measured_apart_from_its_parent(monkeypatch: pytest.M
     (tmp_path / "work.py").write_text(
         "def small():\n    return lambda: 0.0\n"
         "def big(size):\n    kept = bytearray(size)\n    return lambda: len(kept) * 0.0 + 0.25\n"
+        "def freed():\n    import os\n    return lambda: float(os.environ['MALLOC_MMAP_THRESHOLD_'])\n"
         "def missing():\n    import a_package_that_is_not_there\n"
         "def broken():\n    raise OSError('no space')\n"
     )
@@ -669,6 +670,8 @@ def test_a_child_process_is_measured_apart_from_its_parent(monkeypatch: pytest.M
     reading = memory.peak_above("work:small", "work:big", size=64 * 2**20)()()
     del ballast
     assert 60 * 2**20 < reading.value < 80 * 2**20 and reading.error == 0.25
+    held = memory.peak_above("work:small", "work:freed", held=True)()()
+    assert held.error == 2**17  # the environment says so
     with pytest.raises(Unavailable, match="a_package_that_is_not_there"):
         memory.child("work:missing")
     with pytest.raises(RuntimeError, match="no space"):

@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import os
 import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,15 @@ CHILD = Path(__file__).with_name("child.py")
 TIMEOUT = 1800.0
 
 
-def child(function: str, **arguments: Any) -> dict[str, Any]:
+HELD = {"MALLOC_MMAP_THRESHOLD_": str(2**17)}
+"""An environment in which what is larger than 128 KiB goes back to the system when it is freed: where the question is
+what a job holds. Else glibc raises this threshold while a process runs, and what counts of the freed is chance."""
+
+
+def child(function: str, environment: Mapping[str, str] | None = None, **arguments: Any) -> dict[str, Any]:
     """Run `module:function` in a fresh process (see child.py): its {"peak": bytes, "error": float}.
+
+    `environment` comes on top of this process's.
 
     Raises Unavailable where the child could not import something, RuntimeError where it failed.
     """
@@ -29,7 +37,8 @@ def child(function: str, **arguments: Any) -> dict[str, Any]:
         answer = Path(folder) / "answer.json"
         # By path, not with -m: importing the package would import torch, also for work that does not need it.
         command = [sys.executable, str(CHILD), function, json.dumps(arguments), str(answer)]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=TIMEOUT)
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=TIMEOUT,
+                              env=os.environ | (environment or {}))  # fmt: skip
         if done.returncode == 0:
             return dict(json.loads(answer.read_text()))
     last = done.stderr.strip().splitlines()[-1:] or [f"exit status {done.returncode}"]
@@ -39,19 +48,24 @@ def child(function: str, **arguments: Any) -> dict[str, Any]:
 
 
 @functools.cache
-def import_baseline(function: str, samples: int = 3) -> float:
+def import_baseline(function: str, held: bool = False, samples: int = 3) -> float:
     """Peak bytes of a process that only imports what `function`'s process imports (median of a few)."""
-    return float(statistics.median(child(function)["peak"] for _ in range(samples)))
+    return float(statistics.median(child(function, HELD if held else None)["peak"] for _ in range(samples)))
 
 
-def peak_above(baseline: str, function: str, **arguments: Any) -> Callable[[], Callable[[], Reading]]:
-    """A `Peer.prepare` that measures child processes of `function`, less the peak of one of `baseline`."""
+def peak_above(
+    baseline: str, function: str, *, held: bool = False, **arguments: Any
+) -> Callable[[], Callable[[], Reading]]:
+    """A `Peer.prepare` that measures child processes of `function`, less the peak of one of `baseline`.
+
+    `held`: of what they hold, without what the allocator keeps beside it (see :data:`HELD`).
+    """
 
     def prepare() -> Callable[[], Reading]:
-        floor = import_baseline(baseline)
+        floor = import_baseline(baseline, held)
 
         def read() -> Reading:
-            report = child(function, **arguments)
+            report = child(function, HELD if held else None, **arguments)
             return Reading(report["peak"] - floor, report["error"])
 
         return read
