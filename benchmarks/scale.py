@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from . import gate_modes, select_lora
 from .harness import LATENCY, Case, Options, Peer, Unavailable, libraries
-from .suite.peers import exported_session, keeping
+from .suite.peers import exported_session
 
 SUITE = "cpu"
 METRIC = replace(LATENCY, rounds=11, quick_rounds=5)
@@ -119,7 +119,7 @@ def modes_case(modes: int, options: Options) -> Case:
 
     def ours(target: str) -> Callable[..., Any]:
         call = gated.compiled(target)
-        return keeping(lambda x, ids: call(x, ids), call)
+        return lambda x, ids: call(x, ids)
 
     return Case(
         name=f"{modes:,} modes, {BLOCK}",

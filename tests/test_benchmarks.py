@@ -254,6 +254,43 @@ def test_the_inner_loop_is_as_long_as_the_target_asks() -> None:
     assert calibrate(clock, lambda: None, 1.0) == 100_000  # a clock that stands still ends the search
 
 
+def test_what_can_be_loaded_again_is_between_rounds_and_untimed() -> None:
+    """Every load has a speed of its own here, as sessions have by where their memory lies."""
+    clock = FakeClock()
+    speeds = iter([0.001, 0.002, 0.003])
+
+    def load() -> Callable[[], torch.Tensor]:
+        clock.now += 100.0
+        speed = next(speeds)
+        return clock.peer("again", lambda n: speed).prepare()
+
+    fixed = clock.peer("fixed", lambda n: 0.001)
+    found = run(clock, fixed, Peer("again", lambda: harness.Loaded(load)), rounds=11)["again"]
+    assert found.samples == pytest.approx([0.001] * 4 + [0.002] * 4 + [0.003] * 3)
+    assert found.ratio is not None and found.ratio["low"] == pytest.approx(1.0)
+    assert found.ratio["high"] == pytest.approx(3.0)
+
+
+def test_the_one_before_goes_before_the_next_is_loaded() -> None:
+    alive: list[int] = []
+
+    class Session:
+        def __init__(self) -> None:
+            assert not alive
+            alive.append(1)
+
+        def __call__(self, x: float) -> float:
+            return x + 1
+
+        def __del__(self) -> None:
+            alive.pop()
+
+    found = harness.Loaded(Session)
+    assert found(1) == 2
+    found.again()
+    assert found(1) == 2 and alive == [1]
+
+
 def test_a_peer_behind_another_is_prepared_after_it() -> None:
     done: list[str] = []
 

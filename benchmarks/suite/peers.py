@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .. import models
 from .. import peers as environments
-from ..harness import Peer, libraries, runtime, shelf
+from ..harness import Loaded, Peer, libraries, runtime, shelf
 from . import plans
 from .networks import Network
 from .plans import Variant
@@ -83,17 +83,7 @@ def aot_inductor(build: Build, network: Network, variant: Variant) -> Call:
         path = torch._inductor.aoti_compile_and_package(
             program, package_path=f"{folder.name}/model.pt2", inductor_configs={"freezing": True}
         )
-    return keeping(torch._inductor.aoti_load_package(path), folder)
-
-
-def keeping(call: Any, *held: Any) -> Call:
-    """The call; what it reads from lives as long as it does."""
-
-    def run(*inputs: Tensor) -> Any:
-        return call(*inputs)
-
-    run.held = held  # type: ignore[attr-defined]
-    return run
+    return Loaded(lambda: torch._inductor.aoti_load_package(path), folder)
 
 
 def onnx_file(build: Build, network: Network, variant: Variant, folder: Path) -> Path:
@@ -111,24 +101,25 @@ def onnx_file(build: Build, network: Network, variant: Variant, folder: Path) ->
 
 def exported_session(module: nn.Module, inputs: Sequence[Tensor], names: Sequence[str]) -> Call:
     """A module of other cases on ONNX Runtime."""
+    return session(lambda folder: runtime.exported(module.eval(), inputs, names, folder))
+
+
+def session(write: Callable[[Path], Path]) -> Call:
+    """ONNX Runtime on the file that is written into a folder."""
     models.need("onnxruntime")
-    with tempfile.TemporaryDirectory() as folder:
-        return runtime.session(runtime.exported(module.eval(), inputs, names, Path(folder)))
+    folder = tempfile.TemporaryDirectory()
+    path = write(Path(folder.name))
+    return Loaded(lambda: runtime.session(path), folder)
 
 
 def onnx_runtime(build: Build, network: Network, variant: Variant) -> Call:
-    models.need("onnxruntime")
-    with tempfile.TemporaryDirectory() as folder:
-        return runtime.session(onnx_file(build, network, variant, Path(folder)))
+    return session(lambda folder: onnx_file(build, network, variant, folder))
 
 
 def quantize_static(build: Build, network: Network, variant: Variant) -> Call:
     """ONNX Runtime's own, on the same ONNX file."""
-    models.need("onnxruntime")
     batches = [dict(zip(network.shapes, given, strict=True)) for given in network.calibration()]
-    with tempfile.TemporaryDirectory() as name:
-        source = onnx_file(build, network, variant, Path(name))
-        return runtime.session(runtime.quantize_static(source, batches, Path(name)))
+    return session(lambda folder: runtime.quantize_static(onnx_file(build, network, variant, folder), batches, folder))
 
 
 def nncf(build: Build, network: Network, variant: Variant) -> Call:
@@ -136,9 +127,12 @@ def nncf(build: Build, network: Network, variant: Variant) -> Call:
     names = list(network.shapes)
     batches = [{name: value.numpy() for name, value in zip(names, given, strict=True)}
                for given in network.calibration()]  # fmt: skip
-    with tempfile.TemporaryDirectory() as folder:
-        source = onnx_file(build, network, variant, Path(folder))
-        return runtime.session(environments.quantized("nncf", source, batches, Path(folder) / "done.onnx"))
+
+    def write(folder: Path) -> Path:
+        source = onnx_file(build, network, variant, folder)
+        return environments.quantized("nncf", source, batches, folder / "done.onnx")
+
+    return session(write)
 
 
 def torchao(build: Build, network: Network, variant: Variant) -> Call:
@@ -151,7 +145,7 @@ def torchao(build: Build, network: Network, variant: Variant) -> Call:
 def fxfreeze(target: str, network: Network, variant: Variant, *others: str) -> Call:
     """What the artifact of the plan runs, without the checks of its call; it has `others` for the peers behind."""
     artifact = plans.artifact(network, variant, target, *others)
-    return keeping(artifact.runner(target), artifact)
+    return Loaded(lambda: type(artifact)(artifact.folder, artifact.manifest).runner(target), artifact)
 
 
 # ---- by name
