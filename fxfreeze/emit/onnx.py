@@ -116,7 +116,6 @@ def _convert(lowering: Lowering, folder: Path, opset: int) -> tuple[dict[str, An
             verbose=False,
         )
     model = converted.model
-    _name_values(model.graph, [spec.name for spec in program.inputs], program.outputs)
     _name_dims(model.graph, program.inputs)
     _strip(model)
     sums = onnx_heads.integer_sums(model.graph) if any(map(is_head, program.graph.nodes)) else []
@@ -127,6 +126,8 @@ def _convert(lowering: Lowering, folder: Path, opset: int) -> tuple[dict[str, An
         if on_cpu(program.inputs):
             onnx_gates.multiply(model.graph)
             onnx_sums.stay_fast(model.graph)
+    # Behind all that puts new values in the place of outputs.
+    _name_values(model.graph, [spec.name for spec in program.inputs], program.outputs)
     _add_defaults(model.graph, lowering.defaults)
     size = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None)
     external = size > EXTERNAL_BYTES

@@ -48,6 +48,27 @@ def test_inputs_outputs_and_dims_have_the_plans_names(model, built):
     assert built.facts["onnx"]["outputs"] == list(shapes(model.graph.output))
 
 
+class Ends(nn.Module):
+    """Every output is a value that is written anew for ONNX Runtime: parts of a product, a mean over pixels."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.conv = nn.Linear(64, 128), nn.Conv2d(16, 16, 3)
+
+    def forward(self, rows, image):
+        query, key = self.linear(rows).chunk(2, -1)
+        return {"query": query, "key": key, "mean": self.conv(image).mean((2, 3))}
+
+
+def test_outputs_that_are_written_anew_have_the_plans_names(tmp_path):
+    inputs = Input("rows", ("batch", 64)), Input("image", ("batch", 16, 8, 8))
+    facts = target.emit(lowering_of(Ends(), *inputs), tmp_path)
+    found = onnx.load(tmp_path / target.FILE).graph
+    assert [output.name for output in found.output] == ["query", "key", "mean"] == facts["outputs"]
+    kinds = {node.op_type for node in found.node}
+    assert "GlobalAveragePool" in kinds and not kinds & {"Split", "ReduceMean"}  # they are written anew
+
+
 def test_the_file_is_standard(model, built):
     assert [(item.domain, item.version) for item in model.opset_import] == [("", target.OPSETS[0])]
     assert target.OPSETS[-1] >= 21
