@@ -43,9 +43,9 @@ def huge_pages_from_here() -> Callable[[], None]:
 
     def move() -> None:
         nonlocal known
-        before, known = known, {}
-        if not before:
+        if not known:
             return
+        before, known = known, {}
         size, libc, end = _huge(), _libc(), time.monotonic() + PATIENCE
         half = size // mmap.PAGESIZE // 2
         for start, used in _pieces().items():

@@ -23,13 +23,12 @@ class Runner(Protocol):
 
 def on_huge_pages(load: Callable[[], Runner]) -> Runner:
     """What `load` gives. Behind the first call, all that it has allocated until then moves to huge pages."""
-    moves = [huge_pages_from_here()]
+    move = huge_pages_from_here()
     runner = load()
 
     def run(*inputs: Tensor) -> tuple[Tensor, ...]:
         results = runner(*inputs)
-        while moves:
-            moves.pop()()
+        move()
         return results
 
     return run
