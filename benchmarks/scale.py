@@ -117,16 +117,12 @@ def modes_case(modes: int, options: Options) -> Case:
     """A feed-forward block whose rows have gains and thresholds of their own, other ones in every call."""
     gated = gate_modes.Gated(BLOCK, modes, options.seed)
 
-    def ours(target: str) -> Callable[..., Any]:
-        call = gated.compiled(target)
-        return lambda x, ids: call(x, ids)
-
     return Case(
         name=f"{modes:,} modes, {BLOCK}",
         peers=(
             Peer("by hand, ONNX Runtime", lambda: exported_session(Moded(gated), rows(gated), ("x", "mode"))),
             Peer("by hand, torch.compile, freezing", lambda: libraries.compiled(Moded(gated))),
-            *(Peer(f"fxfreeze, {target}", functools.partial(ours, target))
+            *(Peer(f"fxfreeze, {target}", functools.partial(gated.compiled, target))
               for target in (TARGETS[:1] if options.quick else TARGETS)),
         ),
         baseline="by hand, ONNX Runtime",

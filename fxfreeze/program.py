@@ -178,7 +178,7 @@ class Program:
 
     def constant(self, node: Any) -> torch.Tensor | None:
         """The tensor behind a ``get_attr`` node, or None when `node` is anything else."""
-        return self.state.get(str(node.target)) if isinstance(node, Node) and node.op == "get_attr" else None
+        return self.state[str(node.target)] if self.is_constant(node) else None
 
     def constant64(self, node: Any) -> torch.Tensor | None:
         """Like :meth:`constant`, in float64 (complex128) when it holds floating (complex) numbers."""

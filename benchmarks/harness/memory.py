@@ -10,7 +10,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +26,10 @@ HELD = {"MALLOC_MMAP_THRESHOLD_": str(2**17)}
 what a job holds. Else glibc raises this threshold while a process runs, and what counts of the freed is chance."""
 
 
-def child(function: str, environment: Mapping[str, str] | None = None, **arguments: Any) -> dict[str, Any]:
+def child(function: str, *, held: bool = False, **arguments: Any) -> dict[str, Any]:
     """Run `module:function` in a fresh process (see child.py): its {"peak": bytes, "error": float}.
 
-    `environment` comes on top of this process's.
+    `held`: of what it holds, without what the allocator keeps beside it (see :data:`HELD`).
 
     Raises Unavailable where the child could not import something, RuntimeError where it failed.
     """
@@ -38,7 +38,7 @@ def child(function: str, environment: Mapping[str, str] | None = None, **argumen
         # By path, not with -m: importing the package would import torch, also for work that does not need it.
         command = [sys.executable, str(CHILD), function, json.dumps(arguments), str(answer)]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=TIMEOUT,
-                              env=os.environ | (environment or {}))  # fmt: skip
+                              env=os.environ | (HELD if held else {}))  # fmt: skip
         if done.returncode == 0:
             return dict(json.loads(answer.read_text()))
     last = done.stderr.strip().splitlines()[-1:] or [f"exit status {done.returncode}"]
@@ -50,7 +50,7 @@ def child(function: str, environment: Mapping[str, str] | None = None, **argumen
 @functools.cache
 def import_baseline(function: str, held: bool = False, samples: int = 3) -> float:
     """Peak bytes of a process that only imports what `function`'s process imports (median of a few)."""
-    return float(statistics.median(child(function, HELD if held else None)["peak"] for _ in range(samples)))
+    return float(statistics.median(child(function, held=held)["peak"] for _ in range(samples)))
 
 
 def peak_above(
@@ -58,14 +58,14 @@ def peak_above(
 ) -> Callable[[], Callable[[], Reading]]:
     """A `Peer.prepare` that measures child processes of `function`, less the peak of one of `baseline`.
 
-    `held`: of what they hold, without what the allocator keeps beside it (see :data:`HELD`).
+    `held` is asked of both.
     """
 
     def prepare() -> Callable[[], Reading]:
         floor = import_baseline(baseline, held)
 
         def read() -> Reading:
-            report = child(function, HELD if held else None, **arguments)
+            report = child(function, held=held, **arguments)
             return Reading(report["peak"] - floor, report["error"])
 
         return read

@@ -36,7 +36,7 @@ class ResultError(ValueError):
 class Environment:
     """What every row of one run shares. `rates` are what each device reached at most, see roofline.py.
 
-    They are measured at the start and behind every case; the rows of a file have the highest.
+    They are measured at the start, and again where a :class:`Writer` is told to; the rows of a file have the highest.
     """
 
     benchmark: str

@@ -15,10 +15,9 @@ All give what they gave, bit for bit but for the mean, as long as values are fin
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
-from .onnx_graph import constant, describe, is_mean_of_pixels, is_zero, keeps_dims, number, pads_zeros, sweep
+from .onnx_graph import constant, insert, is_mean_of_pixels, is_zero, keeps_dims, number, pads_zeros, sweep
 
 _BLOCK, _ALIGNED = 16, 4
 """Channels of a block, at most (8 with AVX2, 16 with AVX-512), and what their number must be a multiple of: ONNX
@@ -85,9 +84,9 @@ def _gate(graph: Any, where: Any) -> None:
     name = where.name
     weight = constant(graph, f"{name}.ones", numpy.ones((channels, 1, 1, 1), "float32"))
     bias = constant(graph, f"{name}.thresholds", -threshold)
-    above = _insert(graph, where, "Conv", [value, weight, bias], f"{name}.above", kept, group=channels)
-    open_ = _insert(graph, where, "HardSigmoid", [above], f"{name}.open", kept, alpha=_STEEP, beta=0.0)
-    gated = _insert(graph, where, "Mul", [kept, open_], f"{name}.gated", result)
+    above = insert(graph, where, "Conv", [value, weight, bias], f"{name}.above", kept, group=channels)
+    open_ = insert(graph, where, "HardSigmoid", [above], f"{name}.open", kept, alpha=_STEEP, beta=0.0)
+    gated = insert(graph, where, "Mul", [kept, open_], f"{name}.gated", result)
     result.replace_all_uses_with(gated, replace_graph_outputs=True)
 
 
@@ -129,7 +128,7 @@ def _shortcut(graph: Any, pad: Any) -> None:
     identity[before : before + inputs, :, 0, 0] = numpy.eye(inputs)
     weight = constant(graph, f"{pad.name}.identity", identity)
     old = pad.outputs[0]
-    new = _insert(graph, pad, "Conv", [source, weight], f"{pad.name}.shortcut", old, strides=strides)
+    new = insert(graph, pad, "Conv", [source, weight], f"{pad.name}.shortcut", old, strides=strides)
     old.replace_all_uses_with(new, replace_graph_outputs=True)
 
 
@@ -181,20 +180,7 @@ def _mean(graph: Any, node: Any) -> None:
     value, old, keeps = node.inputs[0], node.outputs[0], keeps_dims(node)
     if not is_mean_of_pixels(node) or not _is_blocked(value):
         return
-    mean = _insert(graph, node, "GlobalAveragePool", [value], f"{node.name}.pool", old if keeps else None)
+    mean = insert(graph, node, "GlobalAveragePool", [value], f"{node.name}.pool", old if keeps else None)
     if not keeps:
-        mean = _insert(graph, node, "Flatten", [mean], f"{node.name}.flat", old, axis=1)
+        mean = insert(graph, node, "Flatten", [mean], f"{node.name}.flat", old, axis=1)
     old.replace_all_uses_with(mean, replace_graph_outputs=True)
-
-
-def _insert(graph: Any, before: Any, kind: str, inputs: Sequence[Any], name: str, like: Any, **attributes: Any) -> Any:
-    """The output of a new node, with the shape and type of `like`, and from the module of the node behind it."""
-    import onnx_ir
-
-    node = onnx_ir.node(kind, inputs=inputs, attributes=attributes, name=name)
-    node.metadata_props.update(before.metadata_props)
-    node.outputs[0].name = name
-    if like is not None:
-        describe(node, name, like)
-    graph.insert_before(before, node)
-    return node.outputs[0]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .onnx_graph import describe, is_zero
+from .onnx_graph import insert, is_zero, replace
 
 _SIDES = frozenset({"Mul", "Abs", "Relu", "Reshape", "Identity"})
 """What lies between h and each of its two sides in a gate: a score of it, and its product with gains."""
@@ -46,18 +46,7 @@ def _behind(value: Any) -> set[int]:
 
 
 def _as_product(graph: Any, where: Any) -> None:
-    import onnx_ir
-
     compared, kept, _ = where.inputs
-    name = f"{where.name}.open"
-    open_ = onnx_ir.node("Cast", inputs=[compared], attributes={"to": int(kept.dtype)}, name=name)
-    describe(open_, name, kept)
-    open_.outputs[0].shape = compared.shape
-    gated = onnx_ir.node("Mul", inputs=[kept, open_.outputs[0]], name=where.name)
-    (old,) = where.outputs
-    describe(gated, old.name, old)
-    for node in (open_, gated):
-        node.metadata_props.update(where.metadata_props)
-        graph.insert_before(where, node)
-    old.replace_all_uses_with(gated.outputs[0], replace_graph_outputs=True)
-    graph.remove(where, safe=True)
+    is_open = insert(graph, where, "Cast", [compared], f"{where.name}.open", kept, to=int(kept.dtype))
+    is_open.shape = compared.shape
+    replace(graph, where, "Mul", [kept, is_open], where.name)

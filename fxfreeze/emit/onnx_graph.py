@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 INT4 = 7
@@ -92,6 +93,30 @@ def number(node: Any, name: str) -> int:
 
 def describe(node: Any, name: str, like: Any) -> None:
     node.outputs[0].name, node.outputs[0].shape, node.outputs[0].type = name, like.shape, like.type
+
+
+def insert(
+    graph: Any, before: Any, kind: str, inputs: Sequence[Any], name: str, like: Any = None, **attributes: Any
+) -> Any:
+    """The output of a new node, with the shape and type of `like`, and from the module of the node behind it."""
+    import onnx_ir
+
+    node = onnx_ir.node(kind, inputs=inputs, attributes=attributes, name=name)
+    node.metadata_props.update(before.metadata_props)
+    node.outputs[0].name = name
+    if like is not None:
+        describe(node, name, like)
+    graph.insert_before(before, node)
+    return node.outputs[0]
+
+
+def replace(graph: Any, old: Any, kind: str, inputs: Sequence[Any], name: str) -> None:
+    """Let a new node give what `old` gave, under the same name."""
+    (was,) = old.outputs
+    new = insert(graph, old, kind, inputs, name, was)
+    new.name = was.name
+    was.replace_all_uses_with(new, replace_graph_outputs=True)
+    graph.remove(old, safe=True)
 
 
 def drop_unread(graph: Any) -> None:

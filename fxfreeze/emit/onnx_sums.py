@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from .onnx_graph import bias_behind, constant, describe, drop_unread, reads_integers
+from .onnx_graph import bias_behind, constant, drop_unread, insert, reads_integers, replace
 
 
 def stay_fast(graph: Any) -> None:
@@ -44,7 +44,7 @@ def _stay_apart(graph: Any, reader: Any) -> None:
     else:  # a bias behind a product of integers belongs to that
         merged = len(computed) == 1 and computed[0] is not None and computed[0].op_type == "MatMul"
     if merged:
-        _replace(graph, add, "Sum", list(add.inputs), f"{add.name}.sum")
+        replace(graph, add, "Sum", list(add.inputs), f"{add.name}.sum")
 
 
 # ---- biases
@@ -84,7 +84,7 @@ def _take_bias(graph: Any, product: Any, rows: _Rows) -> None:
         return
     bias, add = added
     found = _insert(graph, product, "Gemm", [rows.of(product, inputs), weight, bias], product.name)
-    _replace(graph, add, "Reshape", [found, rows.sizes(*sizes)], f"{product.name}.whole")
+    replace(graph, add, "Reshape", [found, rows.sizes(*sizes)], f"{product.name}.whole")
     graph.remove(product, safe=True)
 
 
@@ -100,23 +100,8 @@ def _is_float(value: Any) -> bool:
     return value.dtype == onnx_ir.DataType.FLOAT
 
 
-def _insert(graph: Any, before: Any, kind: str, inputs: Sequence[Any], name: str) -> Any:
-    import onnx_ir
-
-    node = onnx_ir.node(kind, inputs=inputs, name=name)
-    node.metadata_props.update(before.metadata_props)
-    node.outputs[0].name, node.outputs[0].type = f"{name}.result", before.outputs[0].type
-    graph.insert_before(before, node)
-    return node.outputs[0]
-
-
-def _replace(graph: Any, old: Any, kind: str, inputs: Sequence[Any], name: str) -> None:
-    import onnx_ir
-
-    (was,) = old.outputs
-    node = onnx_ir.node(kind, inputs=inputs, name=name)
-    node.metadata_props.update(old.metadata_props)
-    describe(node, was.name, was)
-    graph.insert_before(old, node)
-    was.replace_all_uses_with(node.outputs[0], replace_graph_outputs=True)
-    graph.remove(old, safe=True)
+def _insert(graph: Any, product: Any, kind: str, inputs: Sequence[Any], name: str) -> Any:
+    """Of the product's dtype and of another shape."""
+    found = insert(graph, product, kind, inputs, name)
+    found.name, found.type = f"{name}.result", product.outputs[0].type
+    return found

@@ -3,67 +3,37 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy
 import onnx
-import onnx_ir
-import onnxruntime
 import pytest
 import torch
+from onnx_text import Array, changed, kinds, optimised, parsed, result
 from torch import Tensor, nn
 
 import fxfreeze as fz
 from fxfreeze.emit.onnx_blocked import stay_blocked
 
 C = 16
-Array = numpy.ndarray[Any, Any]
 
 
 def model(*lines: str, given: dict[str, Array] | None = None, channels: int = C) -> onnx.ModelProto:
     """x [N, 3, 8, 8] → convolution h [N, channels, 8, 8] → the lines → y."""
-    parsed = onnx.parser.parse_model(
-        f"""<ir_version: 10, opset_import: ["" : 21]>
-        net (float[N, 3, 8, 8] x) => (float[] y) {{
-            h = Conv(x, w, b)
-            {"".join(f"{line} " for line in lines)}
-        }}"""
-    )
-    for position, node in enumerate(parsed.graph.node):
-        node.name = f"{node.op_type}_{position}"
-    parsed.graph.output[0].type.tensor_type.ClearField("shape")
     rng = numpy.random.default_rng(0)
     stored = {"w": rng.standard_normal((channels, 3, 1, 1)), "b": rng.standard_normal(channels), **(given or {})}
-    for name, value in stored.items():
-        array = value.astype("float32") if value.dtype == numpy.float64 else value
-        parsed.graph.initializer.append(onnx.numpy_helper.from_array(array, name))
-    return onnx.shape_inference.infer_shapes(parsed)
+    return parsed(
+        f"net (float[N, 3, 8, 8] x) => (float[] y) {{ h = Conv(x, w, b) {' '.join(lines)} }}",
+        {name: value.astype("float32") if value.dtype == numpy.float64 else value for name, value in stored.items()},
+    )
 
 
 def after(before: onnx.ModelProto) -> onnx.ModelProto:
-    changed = onnx_ir.serde.deserialize_model(before)
-    stay_blocked(changed.graph)
-    proto = onnx_ir.serde.serialize_model(changed)
-    onnx.checker.check_model(proto, full_check=True)
-    return proto
-
-
-def kinds(found: onnx.ModelProto) -> list[str]:
-    return [node.op_type for node in found.graph.node]
+    return changed(before, stay_blocked)
 
 
 def run(found: onnx.ModelProto, x: Array | None = None) -> Array:
-    session = onnxruntime.InferenceSession(found.SerializeToString(), providers=["CPUExecutionProvider"])
     drawn = numpy.random.default_rng(1).standard_normal((2, 3, 8, 8)).astype("float32")
-    result: Array = session.run(None, {"x": drawn if x is None else x})[0]
-    return result
-
-
-def optimised(found: onnx.ModelProto, folder: Path) -> list[str]:
-    options = onnxruntime.SessionOptions()
-    options.optimized_model_filepath = str(folder / "optimised.onnx")
-    onnxruntime.InferenceSession(found.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    return kinds(onnx.load(folder / "optimised.onnx"))
+    return result(found, x=drawn if x is None else x)
 
 
 GATE = ("open = Greater(h, t)", "y = Where(open, h, zero)")

@@ -2,57 +2,37 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy
 import onnx
-import onnx_ir
-import onnxruntime
 import pytest
 import torch
+from onnx_text import Array, changed, kinds, parsed, result
 
 import fxfreeze as fz
 from fxfreeze.emit.onnx_gates import multiply
 
 C = 8
-Array = numpy.ndarray[Any, Any]
 
 GAINED = ("open = Greater(x, t)", "v = Mul(x, g)", "y = Where(open, v, zero)")
 
 
 def model(*lines: str, kind: str = "float") -> onnx.ModelProto:
     """x [N, C] → the lines → y; t and g are constants per neuron, zero and one numbers."""
-    parsed = onnx.parser.parse_model(
-        f"""<ir_version: 10, opset_import: ["" : 21]>
-        net ({kind}[N, {C}] x, {kind}[N, {C}] z) => ({kind}[] y) {{ {" ".join(lines)} }}"""
-    )
-    parsed.graph.output[0].type.tensor_type.ClearField("shape")
     rng = numpy.random.default_rng(0)
     dtype = "float32" if kind == "float" else kind
     stored = {"t": rng.standard_normal((1, C)), "g": rng.standard_normal((1, C)), "zero": 0.0, "one": 1.0}
-    for name, value in stored.items():
-        if any(name in node.input for node in parsed.graph.node):
-            parsed.graph.initializer.append(onnx.numpy_helper.from_array(numpy.array(value, dtype), name))
-    return onnx.shape_inference.infer_shapes(parsed)
+    return parsed(
+        f"net ({kind}[N, {C}] x, {kind}[N, {C}] z) => ({kind}[] y) {{ {' '.join(lines)} }}",
+        {name: numpy.array(value, dtype) for name, value in stored.items()},
+    )
 
 
 def after(before: onnx.ModelProto) -> onnx.ModelProto:
-    changed = onnx_ir.serde.deserialize_model(before)
-    multiply(changed.graph)
-    proto = onnx_ir.serde.serialize_model(changed)
-    onnx.checker.check_model(proto, full_check=True)
-    return proto
-
-
-def kinds(found: onnx.ModelProto) -> list[str]:
-    return [node.op_type for node in found.graph.node]
+    return changed(before, multiply)
 
 
 def run(found: onnx.ModelProto, x: Array) -> Array:
-    session = onnxruntime.InferenceSession(found.SerializeToString(), providers=["CPUExecutionProvider"])
-    feeds = {"x": x, "z": x[::-1].copy()}
-    result: Array = session.run(None, {given.name: feeds[given.name] for given in session.get_inputs()})[0]
-    return result
+    return result(found, x=x, z=x[::-1].copy())
 
 
 @pytest.mark.parametrize(

@@ -3,69 +3,42 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy
 import onnx
-import onnx_ir
-import onnxruntime
 import pytest
+from onnx_text import Array, changed, kinds, optimised, parsed, result
 
 from fxfreeze.emit.onnx_sums import stay_fast
 
 WIDTH, HIDDEN, ROWS = 16, 24, 3
 SIZES = {"w": (WIDTH, HIDDEN), "w2": (WIDTH, HIDDEN), "b": HIDDEN, "g": WIDTH, "t": (1, ROWS, WIDTH), "one": 1,
          "ws": HIDDEN, "step": ()}  # fmt: skip
-Array = numpy.ndarray[Any, Any]
 
 BIASED = ("p = MatMul(x, w)", "y = Add(p, b)")
 
 
 def model(*lines: str, shape: str = "N, 3, 16") -> onnx.ModelProto:
     """x of `shape` → the lines → y; w, b, g and t are constants."""
-    parsed = onnx.parser.parse_model(
-        f"""<ir_version: 10, opset_import: ["" : 21]>
-        net (float[{shape}] x) => (float[] y) {{ {" ".join(lines)} }}"""
-    )
-    for position, node in enumerate(parsed.graph.node):
-        node.name = f"{node.op_type}_{position}"
-    parsed.graph.output[0].type.tensor_type.ClearField("shape")
     rng = numpy.random.default_rng(0)
-    read = {name for node in parsed.graph.node for name in node.input}
     stored = {name: numpy.array(rng.standard_normal(size), "float32") for name, size in SIZES.items()}
     stored["wi"] = rng.integers(-9, 9, (WIDTH, HIDDEN)).astype("int8")
-    parsed.graph.initializer.extend(
-        onnx.numpy_helper.from_array(array, name) for name, array in stored.items() if name in read
-    )
-    return onnx.shape_inference.infer_shapes(parsed)
+    return parsed(f"net (float[{shape}] x) => (float[] y) {{ {' '.join(lines)} }}", stored)
 
 
 def after(before: onnx.ModelProto) -> onnx.ModelProto:
-    changed = onnx_ir.serde.deserialize_model(before)
-    stay_fast(changed.graph)
-    proto = onnx_ir.serde.serialize_model(changed)
-    onnx.checker.check_model(proto, full_check=True)
-    return proto
-
-
-def kinds(found: onnx.ModelProto) -> list[str]:
-    return [node.op_type for node in found.graph.node]
+    return changed(before, stay_fast)
 
 
 def run(found: onnx.ModelProto, rows: int = 5) -> Array:
-    session = onnxruntime.InferenceSession(found.SerializeToString(), providers=["CPUExecutionProvider"])
-    (given,) = session.get_inputs()
-    sizes = [size if isinstance(size, int) else rows for size in given.shape]
-    x = numpy.random.default_rng(1).standard_normal(sizes).astype("float32")
-    result: Array = session.run(None, {"x": x})[0]
-    return result
+    dims = found.graph.input[0].type.tensor_type.shape.dim
+    sizes = [dim.dim_value if dim.HasField("dim_value") else rows for dim in dims]
+    return result(found, x=numpy.random.default_rng(1).standard_normal(sizes).astype("float32"))
 
 
-def optimised(found: onnx.ModelProto, folder: Path) -> list[str]:
-    options = onnxruntime.SessionOptions()
-    options.optimized_model_filepath = str(folder / "optimised.onnx")
-    onnxruntime.InferenceSession(found.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    return kinds(onnx.load(folder / "optimised.onnx"))
+def differing(found: onnx.ModelProto, before: onnx.ModelProto, rows: int = 5) -> float:
+    """The largest difference; at most 1e-6 where it was measured, as bounds below leave for another order of sums."""
+    return float(numpy.abs(run(found, rows) - run(before, rows)).max())
 
 
 @pytest.mark.parametrize("shape", ["N, 3, 16", "2, N, 16", "2, 3, 16", "2, N, 4, 16"])
@@ -74,7 +47,7 @@ def test_a_bias_goes_into_the_product(shape: str) -> None:
     found = after(before)
     assert kinds(found) == ["Reshape", "Gemm", "Reshape"]
     for rows in (1, 5):
-        numpy.testing.assert_allclose(run(found, rows), run(before, rows), rtol=1e-5, atol=1e-5)
+        assert differing(found, before, rows) <= 1e-5  # of 15 at most
 
 
 @pytest.mark.parametrize("shape", ["N, M, 16", "N, 16", "0, 3, 16"])
@@ -109,14 +82,14 @@ def test_a_sum_in_front_of_a_norm_is_not_merged(tmp_path: Path) -> None:
     assert kinds(found) == ["Neg", "Exp", "Sum", "LayerNormalization"]
     assert "SkipLayerNormalization" in optimised(before, tmp_path)  # else there is nothing to prevent any more
     assert optimised(found, tmp_path) == kinds(found)
-    numpy.testing.assert_allclose(run(found), run(before), rtol=1e-4, atol=1e-5)
+    assert differing(found, before) <= 5e-6  # of 5
 
 
 def test_a_sum_that_more_than_a_norm_reads(tmp_path: Path) -> None:
     before = model("u = Exp(x)", "s = Add(x, u)", "n = LayerNormalization(s, g, g)", "y = Mul(n, s)")
     found = after(before)
     assert kinds(found) == ["Exp", "Sum", "LayerNormalization", "Mul"] == optimised(found, tmp_path)
-    numpy.testing.assert_allclose(run(found), run(before), rtol=1e-4, atol=1e-5)
+    assert differing(found, before) <= 2e-5  # of 50
 
 
 def test_a_sum_with_a_constant_is_merged_with_no_norm_and_stays() -> None:
@@ -131,7 +104,7 @@ def test_a_bias_in_front_of_a_gelu_is_not_merged_with_it(shape: str, kind: str, 
     found = after(before)
     assert kinds(found)[-2:] == [kind, "Gelu"]
     assert "BiasGelu" in optimised(before, tmp_path) and "Gelu" in optimised(found, tmp_path)
-    numpy.testing.assert_allclose(run(found), run(before), rtol=1e-4, atol=1e-5)
+    assert differing(found, before) <= 1e-5  # of 16
 
 
 def test_a_bias_behind_a_product_of_integers_stays_with_that(tmp_path: Path) -> None:
@@ -149,4 +122,13 @@ def test_products_of_one_value_share_its_rows() -> None:
     assert sorted(item.name for item in found.graph.initializer if item.data_type == onnx.TensorProto.INT64) == [
         f"sizes_-1_{WIDTH}", f"sizes_-1_{ROWS}_{HIDDEN}",
     ]  # fmt: skip
-    numpy.testing.assert_allclose(run(found), run(before), rtol=1e-4, atol=1e-5)
+    assert differing(found, before) <= 5e-5  # of 105
+
+
+def test_new_nodes_belong_to_the_module_of_the_old_and_give_its_value() -> None:
+    before = model(*BIASED)
+    assert [output.name for output in after(before).graph.output] == ["y"]
+    for node in before.graph.node:
+        node.metadata_props.add(key="module", value=f"of {node.op_type}")
+    found = [(node.op_type, item.value) for node in after(before).graph.node for item in node.metadata_props]
+    assert found == [("Reshape", "of MatMul"), ("Gemm", "of MatMul"), ("Reshape", "of Add")]
