@@ -31,7 +31,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from .axes import Axes, Axis, Size
-from .dataflow import arguments, passage, reshape_blocks
+from .dataflow import arguments, passage, reshape_blocks, tensors
 from .program import Program, is_random
 
 Role = Literal["row", "column", "channel"]
@@ -373,8 +373,7 @@ Rule = Callable[[_Walk, Node, dict[str, Any]], Any]
 def _pointwise(walk: _Walk, node: Node, given: dict[str, Any]) -> Dims | None:
     if not isinstance(node.meta["val"], Tensor):
         return None
-    operands = [item for item in node.all_input_nodes if isinstance(item.meta.get("val"), Tensor)]
-    return walk.broadcast(map(walk.of, operands), node.meta["val"].shape)
+    return walk.broadcast(map(walk.of, tensors(node)), node.meta["val"].shape)
 
 
 # ---- layers
@@ -646,8 +645,7 @@ def _movedim(walk: _Walk, node: Node, given: dict[str, Any]) -> Dims:
 
 def _expanded(walk: _Walk, node: Node, given: dict[str, Any]) -> Dims:
     """A dim of one entry becomes one of as many as are named: all the same."""
-    operands = [walk.of(item) for item in node.all_input_nodes if isinstance(item.meta.get("val"), Tensor)]
-    dims = walk.broadcast(operands, node.meta["val"].shape)
+    dims = walk.broadcast(map(walk.of, tensors(node)), node.meta["val"].shape)
     walk.block((axis for axis in dims if isinstance(axis.size, str)), "has a dynamic size")
     return dims
 

@@ -26,6 +26,11 @@ RESHAPES = frozenset({aten.reshape.default, aten.flatten.using_ints, aten.unflat
                       aten.squeeze.dim, aten.squeeze.dims})  # fmt: skip
 
 
+def tensors(node: Node) -> list[Node]:
+    """The tensors that `node` reads, each once; sizes are none."""
+    return [item for item in node.all_input_nodes if isinstance(item.meta.get("val"), torch.Tensor)]
+
+
 @dataclass(frozen=True)
 class Passage:
     """How an operator f treats the channels of its first operand: f(γ·x + β) = γ·f(x) + β, within limits.

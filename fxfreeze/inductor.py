@@ -3,7 +3,7 @@
 Seen with torch 2.14 and torchao 0.18. Of a convolution in one dim torch computes a wrong size once it is an integer
 kernel: the padding counts for a dim that is not there. So it becomes one in two dims, of height 1. And of a sum that
 reads the activation behind a linear layer, the pattern for sums takes the activation for the layer, and fails: there a
-sum is a − (−b), the same number.
+sum is a − (−b), the same number. Patterns for linear layers know a weight [out, in] alone; GPT-2 has them [in, out].
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from .dataflow import arguments
+from .dataflow import arguments, tensors
 from .kernels.dequantize import KERNEL as DEQUANTIZE
 from .kernels.quantize import KERNEL as QUANTIZE
+from .packed import PRODUCTS, constant_weight, operands
 from .program import Program
 
 aten = torch.ops.aten
@@ -27,6 +28,9 @@ _HEIGHT = 2
 
 def prepare(program: Program) -> None:
     """Put layers that read integers into those forms; `program` is changed."""
+    for node in list(program.graph.nodes):
+        if node.target in PRODUCTS:
+            _turn(program, node)
     for node in list(program.graph.nodes):
         if node.target in _TWO_DIMS and _reads_integers(node):
             _widen(program, node)
@@ -40,6 +44,22 @@ def _reads_integers(layer: Node) -> bool:
     if not (isinstance(value, Node) and isinstance(weight, Node) and value.target is weight.target is DEQUANTIZE.op):
         return False
     return weight.args[0].op == "get_attr" and not weight.args[4]  # type: ignore[union-attr]
+
+
+def _turn(program: Program, node: Node) -> None:
+    """A product of integers with a constant [in, out] → a linear layer, whose weight is [out, in]."""
+    weight = constant_weight(program, node)
+    x, _, bias = operands(node)
+    is_row = bias is None or (isinstance(bias, Node) and bias.meta["val"].ndim == 1)
+    if weight is None or not weight.turned or weight.scale.shape[1] > 1 or x.target is not DEQUANTIZE.op or not is_row:
+        return
+    zeros = weight.values.new_zeros(len(weight.values))
+    constants = {"turned": weight.values.contiguous(), "turned_scale": weight.scale.flatten(), "turned_zero": zeros}
+    held = [program.add_constant(f"{weight.name}.{suffix}", value, before=node, like=node)
+            for suffix, value in constants.items()]  # fmt: skip
+    floats = program.call(DEQUANTIZE.op, *held, 0, 0, weight.scale.dtype, before=node, like=node)
+    given = (x, floats) if bias is None else (x, floats, bias)
+    program.replace(node, program.call(aten.linear.default, *given, before=node, like=node))
 
 
 def _widen(program: Program, node: Node) -> None:
@@ -72,6 +92,6 @@ def _part_sum(program: Program, node: Node) -> None:
 
 def _is_behind_layer(node: Node) -> bool:
     operand: Any = node
-    while operand.target not in _SUMMED and len(operand.all_input_nodes) == 1:
-        (operand,) = operand.all_input_nodes
+    while operand.target not in _SUMMED and len(read := tensors(operand)) == 1:
+        (operand,) = read
     return operand is not node and operand.target in _SUMMED and _reads_integers(operand)

@@ -69,7 +69,7 @@ TABLE: dict[str, str] = {
     "inline": "program",
     "proof": "constants memory program sampling",
     "pipeline": "constants dataflow passes plan program proof rewrite sampling",
-    "inductor": "dataflow kernels program",
+    "inductor": "dataflow kernels packed program",
     "integers": "exporting inductor kernels program",
     "packed": "inline kernels program",
     "launched": "inline kernels packed program",

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from fxfreeze.constants import Recipe
-from fxfreeze.dataflow import Passage, passage
+from fxfreeze.dataflow import Passage, passage, tensors
 from fxfreeze.program import Program
 from fxfreeze.rewrite import NoMatch, fail
 
@@ -356,8 +356,7 @@ class _Walk:
 
 def _plain_passage(node: Node) -> Passage | None:
     """Of an operator without a tensor beside its first operand: a PReLU has a slope per channel."""
-    tensors = [item for item in node.all_input_nodes if isinstance(item.meta.get("val"), Tensor)]
-    return passage(node) if len(tensors) == 1 else None
+    return passage(node) if len(tensors(node)) == 1 else None
 
 
 def _squeezes(node: Node, dim: int) -> bool:

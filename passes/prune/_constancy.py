@@ -21,7 +21,7 @@ from torch.nn import functional
 
 from fxfreeze.constants import lift
 from fxfreeze.coupling import COPIES, Coupling, op_name, spatial_dims
-from fxfreeze.dataflow import reshape_blocks
+from fxfreeze.dataflow import reshape_blocks, tensors
 from fxfreeze.program import Program, lifted_call
 
 from .._operators import WeightOperator, apply, arguments, weight_operator
@@ -225,7 +225,7 @@ Rule = Callable[[Known, Node, dict[str, Any]], Any]
 
 def _pointwise(known: Known, node: Node, given: dict[str, Any]) -> Tensor | None:
     """Computed where all operands are known; 0 times whatever is 0."""
-    operands = [item for item in node.all_input_nodes if isinstance(item.meta.get("val"), Tensor)]
+    operands = tensors(node)
     found = {item: known.of(item) for item in operands}
     if all(value is None for value in found.values()) or given.get("rounding_mode") or given.get("train"):
         return None

@@ -154,7 +154,7 @@ def test_a_narrower_grid_stays_as_narrow() -> None:
 def test_scales_of_the_call_go_with_integer_kernels(target: str) -> None:
     pytest.importorskip("torchao", reason="needs fxfreeze[int8]")
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(64, 96), nn.ReLU(), nn.Linear(96, 64)).eval()
+    model = nn.Sequential(nn.Linear(64, 96), nn.ReLU(), Product(96, 64)).eval()
     plan = fz.Plan([fz.Input("x", ("batch", 5, 64))], [fz.Quantize(mode="dynamic")], [target])
     artifact = fz.compile(model, plan)
     ran = [row["executes"] for row in artifact.manifest["ledger"] if row["executes"].endswith(f"in {target}")]
@@ -165,6 +165,44 @@ def test_scales_of_the_call_go_with_integer_kernels(target: str) -> None:
         assert float((artifact(x) - want).norm() / want.norm()) < 0.03
 
 
+class Product(nn.Module):
+    """A linear layer with its weight [in, out], as GPT-2 has them."""
+
+    def __init__(self, *size: int) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(size)), nn.Parameter(torch.randn(size[1]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.addmm(self.bias, x.flatten(0, -2), self.weight).unflatten(0, x.shape[:-1])
+
+
+class Plain(Product):
+    """The same without a bias, for any number of dims."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight
+
+
+def test_weights_the_other_way_round_are_turned() -> None:
+    pytest.importorskip("torchao", reason="needs fxfreeze[int8]")
+    torch.manual_seed(0)
+    data = torch.randn(32, 3, 8)
+    model = nn.Sequential(Product(8, 12), Plain(12, 6), Plain(6, 6)).eval()
+    steps = [fz.Quantize(at="[01]"), fz.Quantize(at="2", scheme="int8-weight", name="weight")]
+    plan = fz.Plan([fz.Input("x", ("batch", 3, 8))], steps, [])
+    artifact = fz.compile(model, plan, calibration=[data])
+    program = load_program(artifact.folder / "program")
+    changed = with_integers(program)
+    layers = [node for node in changed.graph.nodes if str(node.target) == "aten.linear.default"]
+    assert [[tuple(item.meta["val"].shape)[1:] for item in node.args] for node in layers] == [
+        [(8,), (8,), ()], [(3, 12), (12,)],
+    ]  # fmt: skip
+    # Floats on integers are none of oneDNN's: that product stays as it is.
+    assert sum(str(node.target) == "aten.matmul.default" for node in changed.graph.nodes) == 1
+    x = torch.randn(5, 3, 8)
+    torch.testing.assert_close(changed.run(x)[0], program.run(x)[0], rtol=1e-5, atol=1e-5)
+
+
 class Sums(nn.Module):
     """Convolutions in one dim, padded, strided, dilated, with a residual sum; and sums of activations of layers."""
 
@@ -173,7 +211,7 @@ class Sums(nn.Module):
         torch.manual_seed(0)
         self.a, self.b = nn.Conv1d(4, 4, 3, padding=1), nn.Conv1d(4, 4, 3, padding="same", dilation=2)
         self.c = nn.Conv1d(4, 8, 5, stride=2, groups=2, padding=2)
-        self.d, self.e, self.f = (nn.Linear(8, 8) for _ in "def")
+        self.d, self.e, self.f = nn.Linear(8, 8), nn.Linear(8, 8), Product(8, 8)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.a(x).relu()

@@ -356,6 +356,15 @@ def test_a_constant_goes_into_the_bias() -> None:
     assert program.graph.find_nodes(op="get_attr", target="b.bias")[0].meta["val"].dtype == torch.float32
 
 
+def test_a_slope_per_feature_makes_a_constant_of_each() -> None:
+    slopes = torch.linspace(-1, 1, 6)
+    program, _, model = run_constant(lambda m, x: m.b(F.prelu(m.a(x), slopes)), level=-0.5)
+    assert shapes(program)["b.weight"] == (3, 4)
+    levels = -0.5 * slopes[DEAD].double()
+    wanted = model.b.bias.double() + model.b.weight[:, DEAD].double() @ levels
+    torch.testing.assert_close(program.state["b.bias"], wanted, rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize("name", ["linear", "matmul", "conv"])
 def test_a_bias_is_made_where_there_is_none(name: str) -> None:
     if name == "conv":
