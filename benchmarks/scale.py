@@ -20,7 +20,7 @@ from .harness import LATENCY, Case, Options, Peer, Unavailable, libraries
 from .suite.peers import exported_session
 
 SUITE = "cpu"
-METRIC = replace(LATENCY, rounds=11, quick_rounds=5)
+METRIC = replace(LATENCY, rounds=9, quick_rounds=5)
 ADAPTERS = (1, 100, 10_000)
 MODES = (1_000, 10_000)
 ENCODER = select_lora.Size(batch=32, tokens=32, width=128, depth=2, words=1000)

@@ -52,6 +52,25 @@ def test_every_variant_has_the_peers_that_do_its_job():
         assert case.baseline not in ("eager", "fxfreeze, onnx"), case.name
 
 
+def test_all_compete_on_one_network_and_slow_ones_nowhere_else():
+    rare = {name for names in suite.PANEL.values() for name in names}
+    found = {case.name.rpartition(", ")[0] for case in suite.cases(Options())
+             if rare & {peer.name for peer in case.peers}}  # fmt: skip
+    assert found == {"ResNet-20, batch 64"}
+    for network in networks.networks(Options()):
+        for variant, everyone in suite.RIVALS.items():
+            competing = suite.rivals(network, variant)
+            assert competing[0] == everyone[0] and set(competing) <= set(everyone)
+            assert competing == everyone or not network.panel
+
+
+def test_every_target_of_ours_is_measured_where_it_may_be_the_fastest():
+    names = {case.name: {peer.name for peer in case.peers} for case in suite.cases(Options())}
+    assert all("fxfreeze, onnx" in found for found in names.values())
+    assert "fxfreeze, torch" in names["BERT-base, gates"] and "fxfreeze, aoti" in names["ResNet-50, int8"]
+    assert "fxfreeze, aoti" in names["GPT-2, decode, Tversky head"] and "fxfreeze, aoti" in names["MobileNetV3, all"]
+
+
 @pytest.mark.parametrize("variant", plans.VARIANTS, ids=lambda variant: variant.name)
 def test_plain_modules_are_the_reference_and_not_another_variant(variant, small, inputs):
     """The tolerance of a case is one that leaving the step out exceeds."""

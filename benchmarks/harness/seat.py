@@ -20,7 +20,7 @@ from .loaded import Loaded
 from .rotation import rotated
 
 WARM_UP = 3
-LASTS = 4
+LASTS = 3
 """Samples of a peer that can be loaded again, until it is."""
 CHECKED = 2
 """Input sets of a looped metric that are drawn and checked; a peer that keeps its first result is found out."""

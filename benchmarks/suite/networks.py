@@ -19,6 +19,9 @@ from ..harness import Options, shelf
 Inputs = tuple[Tensor, ...]
 TOKENS = 128
 """Of a sentence, of a prompt, and of what a cache holds."""
+COMPARED = 2e-2
+"""float32 may find a value on either side of a threshold, and of the millions that are compared a few lie that close;
+one that is on the other side moves an output by about a thousandth."""
 
 
 @dataclass(frozen=True)
@@ -58,9 +61,12 @@ class Network:
         words: ids of integer inputs lie below it.
         features: of the bank of the Tversky head.
         calls: how many of the calibration inputs the thresholds are measured on.
-        large: it takes long to build.
+        large: it takes long to build, and to call.
+        convolutional: its integers are those of convolutions.
+        panel: all that compete do so here. Elsewhere those do that are the fastest of their kind on some network.
         single: a call is one row of everything.
         tolerance: of floats. Gates and Tversky heads compare with thresholds, and have their own.
+        compared: of what thresholds decide, in largest outputs.
         rounding: of 8 bits, in largest outputs: of what counts as a result at all.
         batch: what is said behind the name. Networks of one name differ in what they are called with alone.
         folder: where processes leave each other what they built; None where they do not.
@@ -80,8 +86,11 @@ class Network:
     features: int = 1024
     calls: int = 2
     large: bool = False
+    convolutional: bool = False
+    panel: bool = False
     single: bool = False
     tolerance: float = 1e-4
+    compared: float = COMPARED
     rounding: float = 0.25
     batch: str = ""
     folder: Path | None = None
@@ -167,7 +176,8 @@ BOTTLENECK = (BASIC, Hidden(("layer*.*.conv2",), "conv2", ("bn2",), ("conv3",)))
 
 
 DEEP = 0.4
-"""With random weights, ranges by min and max leave that little of 50 layers, whoever rounds."""
+"""With random weights, ranges by min and max leave that little of 50 layers, or of 12 whose gates open for one value in
+ten, whoever rounds."""
 
 
 def images(batch: int, *shape: int) -> Callable[[torch.Generator], Inputs]:
@@ -183,7 +193,7 @@ def resnet20(batch: int) -> Network:
     return Network(
         "ResNet-20", models.resnet20, {"x": ("batch", 3, 32, 32)}, images(batch, 3, 32, 32), pictures,
         adapted=("layer*.*.conv*",), gated=("layer*.*.bn1",), fire=0.5, head="linear", hidden=(BASIC,), features=128,
-        batch=f"batch {batch}",
+        batch=f"batch {batch}", convolutional=True, panel=batch > 1,
     )  # fmt: skip
 
 
@@ -206,7 +216,7 @@ def resnet(name: str, seed: int) -> Network:
         name.replace("resnet", "ResNet-"), functools.partial(torchvision, name, seed), {"x": (1, *IMAGE)}, draw,
         repeated(draw, 16), adapted=("layer*.*.conv*",), gated=("layer*.*.bn1",) + ("layer*.*.bn2",) * deep, fire=0.5,
         head="fc", hidden=BOTTLENECK if deep else (BASIC,), large=deep,
-        rounding=DEEP if deep else 0.25,
+        convolutional=True, rounding=DEEP if deep else 0.25,
     )  # fmt: skip
 
 
@@ -217,7 +227,7 @@ def mobilenet(seed: int) -> Network:
     return Network(
         "MobileNetV3", functools.partial(torchvision, "mobilenet_v3_large", seed), {"x": (1, *IMAGE)}, draw,
         repeated(draw, 16), adapted=expand, gated=blocks, fire=0.5, head="classifier.3",
-        hidden=(Hidden(expand, "0.0", ("0.1", "1.0", "1.1"), ("2.0", "3.0")),), rounding=DEEP,
+        hidden=(Hidden(expand, "0.0", ("0.1", "1.0", "1.1"), ("2.0", "3.0")),), convolutional=True, rounding=DEEP,
     )  # fmt: skip
 
 
@@ -321,6 +331,11 @@ class Decode(Prefill):
         return self.step(ids, cache, 1)
 
 
+FLIPPED = 6e-2
+"""Keys and values of all tokens and layers are outputs, and one gate that float32 turns reaches 0.04 of the largest, in
+the plain modules, in ONNX Runtime, and in torch.compile alike."""
+
+
 def gpt2(seed: int, decode: bool, words: int = 50257, layers: int = 12, heads: int = 12, width: int = 768) -> Network:
     def build() -> nn.Module:
         transformers = models.need("transformers")
@@ -344,5 +359,5 @@ def gpt2(seed: int, decode: bool, words: int = 50257, layers: int = 12, heads: i
         f"GPT-2, {'decode' if decode else 'prefill'}", build, shapes, draw, repeated(draw, 32 if decode else 8),
         adapted=(f"{block}attn.c_attn",), gated=(f"{block}mlp.act",), fire=0.1 if decode else 0.5, head="model.lm_head",
         hidden=(Hidden((f"{block}mlp.c_fc",), "c_fc", into=("c_proj",)),), words=words, calls=32 if decode else 2,
-        large=True, single=decode,
+        large=True, single=decode, compared=COMPARED if decode else FLIPPED, rounding=DEEP if decode else 0.25,
     )  # fmt: skip

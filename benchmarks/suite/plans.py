@@ -26,9 +26,6 @@ from .networks import Hidden, Network
 RANK = 8
 MULTIPLE = 16
 """What the number of units that stay is rounded to: kernels work in blocks of as many channels."""
-COMPARED = 2e-2
-"""Tolerance of what thresholds decide, in largest outputs: float32 may find a value on either side of one, and of the
-millions that are compared a few lie that close; one that is on the other side moves an output by about a thousandth."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +40,7 @@ class Variant:
     int8: bool = False
 
     def tolerance(self, network: Network) -> float:
-        compared = COMPARED if self.gates or self.tversky else 0.0
+        compared = network.compared if self.gates or self.tversky else 0.0
         return network.rounding if self.int8 else max(network.tolerance, compared)
 
 
