@@ -131,7 +131,7 @@ class Gated:
         """With gates that let about half of what is above 0 pass."""
         import fxfreeze as fz
 
-        inputs = [fz.Input("x", shape=("batch", self.size.width), low=-0.125, high=0.125)]
+        inputs = [fz.Input("x", shape=(self.size.batch, self.size.width), low=-0.125, high=0.125)]
         net = fz.adapt(self.model, fz.Plan(inputs, [fz.Gate(at="1", modes=self.modes)]), verify="off")
         generator = torch.Generator().manual_seed(self.seed + 2)
         with torch.no_grad():

@@ -73,14 +73,13 @@ def rivals(network: Network, variant: Variant) -> tuple[str, ...]:
 
 
 def ours(network: Network, variant: Variant, quick: bool) -> tuple[str, ...]:
-    """ONNX Runtime, and what may be faster: AOTInductor's packages where convolutions are on integers, and where gates
-    are fused with their surroundings or one row meets gates or a head; torch.compile where products are large."""
-    if quick:
-        return (ONNX,)
-    if network.panel and variant in (plans.BARE, plans.GATES):
-        return ONNX, AOTI
+    """ONNX Runtime, and what may be faster: AOTInductor's packages for convolutions on integers, and where one row
+    meets integers, gates or a head; torch.compile for large float products with gates between them."""
+    others: tuple[str, ...] = ()
     if variant in (plans.QUANTIZED, plans.ALL):
-        return (ONNX, AOTI) if network.convolutional or network.single else (ONNX,)
-    if variant == plans.GATES:
-        return (ONNX, TORCH) if network.large and not network.single else (ONNX, AOTI)
-    return (ONNX, AOTI) if variant == plans.TVERSKY and network.single else (ONNX,)
+        others = (AOTI,) * (network.convolutional or network.single)
+    elif variant == plans.GATES and not (network.panel or network.single):
+        others = (TORCH,) * (network.large and not network.convolutional)
+    elif network.panel or (network.single and variant in (plans.GATES, plans.TVERSKY)):
+        others = (AOTI,)
+    return (ONNX, *others) if not quick else (ONNX,)
