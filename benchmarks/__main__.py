@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 
 FOLDER = Path(__file__).resolve().parent
 
+RATES = 60.0
+"""Seconds after which it is measured again what the machine can do."""
+
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="Measure fxfreeze.")
 console = Console(width=None if sys.stdout.isatty() else 140)
 
@@ -216,7 +219,7 @@ class Request:
                     found = running.run(case)
                     writer.write(found)
                     if not self.quick:
-                        writer.measure_rates()
+                        writer.measure_rates(every=RATES)
                     draw([record.row(m, writer.shared) for m in found], console)
                     measured += found
             except Unavailable as error:  # from a case: its model cannot even be built

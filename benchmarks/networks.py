@@ -75,11 +75,10 @@ def rivals(network: Network, variant: Variant) -> tuple[str, ...]:
 def ours(network: Network, variant: Variant, quick: bool) -> tuple[str, ...]:
     """ONNX Runtime, and what may be faster: AOTInductor's packages for convolutions on integers, and where one row
     meets integers, gates or a head; torch.compile for large float products with gates between them."""
-    others: tuple[str, ...] = ()
-    if variant in (plans.QUANTIZED, plans.ALL):
-        others = (AOTI,) * (network.convolutional or network.single)
-    elif variant == plans.GATES and not (network.panel or network.single):
-        others = (TORCH,) * (network.large and not network.convolutional)
-    elif network.panel or (network.single and variant in (plans.GATES, plans.TVERSKY)):
-        others = (AOTI,)
-    return (ONNX, *others) if not quick else (ONNX,)
+    if quick:
+        return (ONNX,)
+    integers = variant.int8 and (network.convolutional or network.single)
+    single = variant in (plans.GATES, plans.TVERSKY) and network.single
+    if integers or single or (variant in (plans.BARE, plans.GATES) and network.panel):
+        return ONNX, AOTI
+    return (ONNX, TORCH) if variant == plans.GATES and network.large and not network.convolutional else (ONNX,)

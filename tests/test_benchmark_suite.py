@@ -185,6 +185,8 @@ def test_one_compilation_has_both_targets(left, inputs, monkeypatch):
     assert relative_error(first.prepare()(*inputs), wanted) < 1e-5
     monkeypatch.setattr(plans, "frozen", lambda *given: pytest.fail("it is compiled again"))
     assert relative_error(second.prepare()(*inputs), wanted) < 1e-5
+    alone = peers.peer("fxfreeze, torch", left, plans.LORA, ["ONNX Runtime", "fxfreeze, torch"])
+    assert alone.behind == "" and not alone.prepare.args[3:]
 
 
 def test_a_target_that_nobody_left_is_compiled(left, inputs):

@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import subprocess
+import time
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from importlib import metadata
@@ -131,6 +132,7 @@ class Writer:
     def __init__(self, path: Path | None, shared: Environment) -> None:
         self.path, self.shared = path, shared
         self.partial: Path | None = None
+        self.asked = time.monotonic()
 
     def __enter__(self) -> Writer:
         if self.path is not None:
@@ -145,8 +147,15 @@ class Writer:
             with self.partial.open("a", encoding="utf-8") as file:
                 file.writelines(lines)
 
-    def measure_rates(self) -> None:
-        """Ask again what the devices reach, for the rows that there are and those that follow."""
+    def measure_rates(self, every: float = 0.0) -> None:
+        """Ask again what the devices reach, for the rows that there are and those that follow.
+
+        Args:
+            every: seconds that must have passed since it was asked.
+        """
+        if time.monotonic() < self.asked + every:
+            return
+        self.asked = time.monotonic()
         self.shared = replace(self.shared, rates=highest(self.shared.rates, measured()))
 
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:

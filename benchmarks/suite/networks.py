@@ -214,7 +214,7 @@ def resnet(name: str, seed: int) -> Network:
     deep = name == "resnet50"
     return Network(
         name.replace("resnet", "ResNet-"), functools.partial(torchvision, name, seed), {"x": (1, *IMAGE)}, draw,
-        repeated(draw, 16), adapted=("layer*.*.conv*",), gated=("layer*.*.bn1",) + ("layer*.*.bn2",) * deep, fire=0.5,
+        repeated(draw, 8), adapted=("layer*.*.conv*",), gated=("layer*.*.bn1",) + ("layer*.*.bn2",) * deep, fire=0.5,
         head="fc", hidden=BOTTLENECK if deep else (BASIC,), large=deep,
         convolutional=True, rounding=DEEP if deep else 0.25,
     )  # fmt: skip
@@ -226,7 +226,7 @@ def mobilenet(seed: int) -> Network:
     expand = tuple(f"{block}.0" for block in blocks)
     return Network(
         "MobileNetV3", functools.partial(torchvision, "mobilenet_v3_large", seed), {"x": (1, *IMAGE)}, draw,
-        repeated(draw, 16), adapted=expand, gated=blocks, fire=0.5, head="classifier.3",
+        repeated(draw, 8), adapted=expand, gated=blocks, fire=0.5, head="classifier.3",
         hidden=(Hidden(expand, "0.0", ("0.1", "1.0", "1.1"), ("2.0", "3.0")),), convolutional=True, rounding=DEEP,
     )  # fmt: skip
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import tempfile
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -145,6 +145,10 @@ def torchao(build: Build, network: Network, variant: Variant) -> Call:
 def fxfreeze(target: str, network: Network, variant: Variant, *others: str) -> Call:
     """What the artifact of the plan runs, without the checks of its call; it has `others` for the peers behind."""
     artifact = plans.artifact(network, variant, target, *others)
+    if target == "torch":  # as the others' torch.compile: loaded again, it would be compiled again
+        call: Any = functools.partial(artifact.runner(target))
+        call.artifact = artifact  # its files go with it
+        return call
     return Loaded(lambda: type(artifact)(artifact.folder, artifact.manifest).runner(target), artifact)
 
 
@@ -168,16 +172,18 @@ OTHERS: dict[str, Call] = {
     "NNCF, ONNX Runtime": functools.partial(nncf, plain),
     "merged by hand, quantize_static": functools.partial(quantize_static, merged),
 }
+PREFIX = "fxfreeze, "
 OURS: dict[str, Call] = {
-    f"fxfreeze, {target}": functools.partial(fxfreeze, target) for target in ("onnx", "aoti", "torch")
+    f"{PREFIX}{target}": functools.partial(fxfreeze, target) for target in ("onnx", "aoti", "torch")
 }
 EVERY = PLAIN | OTHERS | OURS
 
 
-def peer(name: str, network: Network, variant: Variant, among: Collection[str] = ()) -> Peer:
-    """The peer of that name, `among` the others of a case. One artifact has both of our targets."""
-    first, second = "fxfreeze, aoti", "fxfreeze, onnx"
-    both = network.folder is not None and first in among and second in among
-    others = ("onnx",) if both and name == first else ()
+def peer(name: str, network: Network, variant: Variant, among: Sequence[str] = ()) -> Peer:
+    """The peer of that name, `among` the others of a case. One artifact has all targets of ours, of which the last is
+    compiled first."""
+    ours = [other for other in among if other in OURS] if network.folder else []
+    first = ours[-1] if name in ours and len(ours) > 1 else name
+    others = [other.removeprefix(PREFIX) for other in ours if other != name] if first == name else []
     return Peer(name, functools.partial(EVERY[name], network, variant, *others),
-                behind=first if both and name == second else "")  # fmt: skip
+                behind="" if first == name else first)  # fmt: skip
