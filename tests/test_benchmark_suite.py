@@ -187,6 +187,8 @@ def test_one_compilation_has_both_targets(left, inputs, monkeypatch):
     assert relative_error(second.prepare()(*inputs), wanted) < 1e-5
     alone = peers.peer("fxfreeze, torch", left, plans.LORA, ["ONNX Runtime", "fxfreeze, torch"])
     assert alone.behind == "" and not alone.prepare.args[3:]
+    rival = peers.peer("ONNX Runtime", left, plans.LORA, names)
+    assert rival.behind == "" and relative_error(rival.prepare()(*inputs), wanted) < 1e-5
 
 
 def test_a_target_that_nobody_left_is_compiled(left, inputs):

@@ -182,8 +182,8 @@ EVERY = PLAIN | OTHERS | OURS
 def peer(name: str, network: Network, variant: Variant, among: Sequence[str] = ()) -> Peer:
     """The peer of that name, `among` the others of a case. One artifact has all targets of ours, of which the last is
     compiled first."""
-    ours = [other for other in among if other in OURS] if network.folder else []
-    first = ours[-1] if name in ours and len(ours) > 1 else name
-    others = [other.removeprefix(PREFIX) for other in ours if other != name] if first == name else []
+    ours = [other for other in among if other in OURS and name in OURS and network.folder] or [name]
+    first = ours[-1]
+    others = [other.removeprefix(PREFIX) for other in ours[:-1]] if name == first else []
     return Peer(name, functools.partial(EVERY[name], network, variant, *others),
                 behind="" if first == name else first)  # fmt: skip
