@@ -18,6 +18,8 @@ from fxfreeze.lower import Lowering
 from fxfreeze.serialize import Interface, load_program, save_program
 
 SMAPS = Path("/proc/self/smaps")
+NEIGHBOURS = 2**23
+"""Bytes that others may put into the same mapping and have moved meanwhile; a tensor here has 64 MiB."""
 
 
 def huge_bytes(value: Tensor) -> int:
@@ -54,7 +56,7 @@ def test_what_came_since_moves_and_keeps_its_values() -> None:
 
 def test_what_was_there_before_stays() -> None:
     value = torch.ones(2**24)
-    assert moved(value, memory.huge_pages_from_here()) == 0
+    assert moved(value, memory.huge_pages_from_here()) <= NEIGHBOURS
 
 
 def test_only_once() -> None:
@@ -68,7 +70,7 @@ def test_memory_that_is_hardly_used_stays_as_small() -> None:
     move = memory.huge_pages_from_here()
     value = torch.empty(2**24)
     value[:: 2**18] = 1.0  # a page in each MiB
-    assert moved(value, move) == 0
+    assert moved(value, move) <= NEIGHBOURS
 
 
 def test_room_that_was_freed_and_is_used_again_counts_as_new() -> None:
