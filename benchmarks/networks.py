@@ -9,13 +9,13 @@ from dataclasses import replace
 from .harness import LATENCY, Case, Options
 from .suite import plans, work
 from .suite.networks import Network, networks
-from .suite.peers import peer
+from .suite.peers import OURS, peer
 from .suite.plans import Variant
 
 SUITE = "cpu"
 METRIC = replace(LATENCY, rounds=9, quick_rounds=5)
 """There are 70 cases, and most of their time goes into building what is measured."""
-ONNX, AOTI, TORCH = "fxfreeze, onnx", "fxfreeze, aoti", "fxfreeze, torch"
+ONNX, AOTI, TORCH = OURS
 RIVALS: dict[Variant, tuple[str, ...]] = {
     plans.BARE: ("ONNX Runtime", "eager", "torch.compile", "torch.compile, freezing", "AOTInductor"),
     plans.LORA: ("peft merged, ONNX Runtime", "peft merged, torch.compile, freezing", "peft, eager"),
@@ -31,8 +31,8 @@ PANEL: dict[Variant, tuple[str, ...]] = {
     plans.LORA: ("peft merged, torch.compile, freezing",),
     plans.QUANTIZED: ("NNCF, ONNX Runtime",),
 }
-"""Those that were never the fastest of their case when every network had all, but for AOTInductor on the panel itself:
-with them the suite takes twice as long."""
+"""Left out where not all compete: they take long to build, and were never the fastest of a case when every network had
+all of them, but for AOTInductor on the panel itself."""
 SLOW: dict[Variant, tuple[str, ...]] = {
     plans.BARE: ("eager",),
     plans.LORA: ("peft, eager",),
@@ -74,7 +74,8 @@ def rivals(network: Network, variant: Variant) -> tuple[str, ...]:
 
 def ours(network: Network, variant: Variant, quick: bool) -> tuple[str, ...]:
     """ONNX Runtime, and what may be faster: AOTInductor's packages for convolutions on integers, and where one row
-    meets integers, gates or a head; torch.compile for large float products with gates between them."""
+    meets integers, gates or a head; torch.compile for large float products with gates between them. On the panel
+    packages in floats, too."""
     if quick:
         return (ONNX,)
     integers = variant.int8 and (network.convolutional or network.single)

@@ -30,9 +30,8 @@ def prepare(program: Program) -> None:
     """Put layers that read integers into those forms; `program` is changed."""
     for node in list(program.graph.nodes):
         if node.target in PRODUCTS:
-            _turn(program, node)
-    for node in list(program.graph.nodes):
-        if node.target in _TWO_DIMS and _reads_integers(node):
+            _turn(program, node)  # a sum comes later, and finds the linear layer
+        elif node.target in _TWO_DIMS and _reads_integers(node):
             _widen(program, node)
         elif node.target is aten.add.Tensor and not node.kwargs:
             _part_sum(program, node)

@@ -66,7 +66,6 @@ def test_all_compete_on_one_network_and_slow_ones_nowhere_else():
 
 def test_every_target_of_ours_is_measured_where_it_may_be_the_fastest():
     names = {case.name: {peer.name for peer in case.peers} for case in suite.cases(Options())}
-    assert all("fxfreeze, onnx" in found for found in names.values())
     assert "fxfreeze, torch" in names["BERT-base, gates"] and "fxfreeze, aoti" in names["ResNet-50, int8"]
     assert "fxfreeze, aoti" in names["GPT-2, decode, Tversky head"] and "fxfreeze, aoti" in names["MobileNetV3, all"]
 

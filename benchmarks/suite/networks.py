@@ -63,7 +63,7 @@ class Network:
         calls: how many of the calibration inputs the thresholds are measured on.
         large: it takes long to build, and to call.
         convolutional: its integers are those of convolutions.
-        panel: all that compete do so here. Elsewhere those do that are the fastest of their kind on some network.
+        panel: all that compete do so here.
         single: a call is one row of everything.
         tolerance: of floats. Gates and Tversky heads compare with thresholds, and have their own.
         compared: of what thresholds decide, in largest outputs.
@@ -333,7 +333,7 @@ class Decode(Prefill):
 
 FLIPPED = 6e-2
 """Keys and values of all tokens and layers are outputs, and a gate that float32 turns moves one by 0.04 to 0.05 of the
-largest, in the plain modules, in ONNX Runtime, and in torch.compile alike."""
+largest, in ONNX Runtime and torch.compile on the plain modules, and in ours."""
 
 
 def gpt2(seed: int, decode: bool, words: int = 50257, layers: int = 12, heads: int = 12, width: int = 768) -> Network:

@@ -362,7 +362,7 @@ def test_a_slope_per_feature_makes_a_constant_of_each() -> None:
     assert shapes(program)["b.weight"] == (3, 4)
     levels = -0.5 * slopes[DEAD].double()
     wanted = model.b.bias.double() + model.b.weight[:, DEAD].double() @ levels
-    torch.testing.assert_close(program.state["b.bias"], wanted, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(program.state["b.bias"], wanted, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", ["linear", "matmul", "conv"])
