@@ -65,15 +65,12 @@ def _pieces() -> dict[int, int]:
         if "[never]" in (_SETTINGS / "enabled").read_text():
             return found
         size, libc = _huge(), _libc()
-        pages = size // mmap.PAGESIZE
+        answer = ctypes.create_string_buffer(size // mmap.PAGESIZE)  # a byte for each page
         for start, end in _anonymous():
-            start, end = -(-start // size) * size, end // size * size
-            if start < end:
-                answer = ctypes.create_string_buffer((end - start) // mmap.PAGESIZE)
-                if libc.mincore(start, end - start, answer) == 0:
-                    used = answer.raw  # a byte for each page
-                    for first in range(0, len(used), pages):
-                        found[start + first * mmap.PAGESIZE] = used.count(1, first, first + pages)
+            # One by one: what is unmapped meanwhile, such as the text of the maps, has neighbours that stay.
+            for piece in range(-(-start // size) * size, end // size * size, size):
+                if libc.mincore(piece, size, answer) == 0:
+                    found[piece] = answer.raw.count(1)
     return found
 
 

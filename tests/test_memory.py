@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import mmap
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -57,6 +59,26 @@ def test_what_came_since_moves_and_keeps_its_values() -> None:
 def test_what_was_there_before_stays() -> None:
     value = torch.ones(2**24)
     assert moved(value, memory.huge_pages_from_here()) <= NEIGHBOURS
+
+
+def test_what_goes_while_one_looks_leaves_its_neighbours_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mapping of which a part is gone when it is asked about: of the whole the kernel says nothing."""
+    size, libc = memory._huge(), ctypes.CDLL(None)
+    libc.mmap.restype = ctypes.c_void_p
+    libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
+    libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+    access, kind = mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    start = libc.mmap(None, 16 * size, access, kind, -1, 0)
+    ctypes.memset(start, 1, 16 * size)
+    end, hole = start + 16 * size, -(-start // size) * size + 8 * size
+    monkeypatch.setattr(memory, "_anonymous", lambda: iter([(start, end)]))
+    assert libc.munmap(hole, size) == 0
+    try:
+        found = memory._pieces()
+    finally:
+        libc.munmap(start, hole - start)
+        libc.munmap(hole + size, end - hole - size)
+    assert len(found) >= 14 and hole not in found and set(found.values()) == {size // mmap.PAGESIZE}
 
 
 def test_only_once() -> None:
