@@ -39,12 +39,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import banks, parity, weights
+from . import banks, cpu, parity, weights
 from ._version import __version__
 from .binding import build, check_inputs, flatten_inputs, format_shape, top_level
 from .emit import EMITTERS, PROGRAM, Runner, on_huge_pages
 from .errors import ArtifactError, EmitError, FxfreezeError, PlanError
 from .firing import fired, gate_rows
+from .integers import wide_products
 from .locks import alone
 from .lower import Lowering
 from .packed import READERS
@@ -67,8 +68,8 @@ class Artifact:
     Made by ``fxfreeze.compile`` or ``fxfreeze.load``. Attributes:
         folder: where its files are; a private temporary folder, removed with the artifact, unless it was loaded.
         manifest: the record, JSON-able (keys: format, fxfreeze, versions, machine, plan, interface, structural_hash,
-            gates, adapters, targets, default, passes, proofs, ledger, sensitivity, parity, scores, sizes, dense, files,
-            digest).
+            wide_products, gates, adapters, targets, default, passes, proofs, ledger, sensitivity, parity, scores,
+            sizes, dense, files, digest).
         interface: names, dtypes, shapes and dims of inputs and outputs.
     """
 
@@ -113,7 +114,8 @@ class Artifact:
             progress: told what is being done.
 
         Raises:
-            EmitError: a target cannot be made, or disagrees; nothing is left behind.
+            EmitError: a target cannot be made, or disagrees, or this CPU cannot add up its integers; nothing is left
+                behind.
         """
         say = progress or (lambda text: None)
         folder = Path(tempfile.mkdtemp(prefix="fxfreeze-"))
@@ -128,6 +130,8 @@ class Artifact:
             if evaluate is not None:
                 say("evaluating the model")
                 scores[parity.MODEL] = float(evaluate(nested(Interface.of(program), reference or program.run)))
+            if plan.targets and wide_products(program):
+                _refuse_16_bits(EmitError)
             found = banks.banks(program, plan)
             facts = _emit(program, found, plan, folder, examples, say)
             executed = _executed(program, plan, facts)
@@ -214,6 +218,8 @@ class Artifact:
         self._entry(name)
         if name == "aoti":
             _refuse_other_machine(self.manifest["machine"])
+        if self.manifest.get("wide_products"):
+            _refuse_16_bits(ArtifactError)
         return _load(name, self.folder, self.interface, lambda: self._shelf)
 
     def _entry(self, name: str | None) -> None:
@@ -572,6 +578,7 @@ def _manifest(
         "plan": plan.to_dict(),
         "interface": Interface.of(program).to_json(),
         "structural_hash": program.structural_hash(),
+        "wide_products": wide_products(program),
         "gates": _rows(gate_rows(program)),
         "adapters": adapters,
         "targets": dict(facts),
@@ -620,6 +627,15 @@ def _refuse_other_machine(made: Mapping[str, str]) -> None:
         raise ArtifactError(
             f"the aoti target was built for {' '.join(made.values())}, and this is {' '.join(here.values())}",
             hint="compile the artifact on this kind of machine, or use another target",
+        )
+
+
+def _refuse_16_bits(error: type[FxfreezeError]) -> None:
+    """Raises `error` where this CPU adds products of 8 bits up in 16, and results would be wrong without a word."""
+    if cpu.adds_in_16_bits():
+        raise error(
+            "this CPU, x86 without VNNI, adds products of integers up in pairs of 16 bits; weights of 8 bits overflow",
+            hint="compile with Quantize(reduce_range=True), whose weights have 7, or use a CPU with VNNI",
         )
 
 

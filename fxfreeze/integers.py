@@ -20,8 +20,10 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.fx import Node
 
+from .cpu import SAFE_WEIGHT
 from .errors import MissingDependencyError
 from .exporting import quiet
 from .inductor import prepare
@@ -85,6 +87,22 @@ def executed(
     if heads is None or heads == len(similarities):
         ran |= dict.fromkeys(similarities, HEAD.name)
     return {"integer": [row for node, site in layers.items() for row in site.ran(ran.get(node))]} if layers else {}
+
+
+def wide_products(program: Program) -> bool:
+    """Whether a layer on a CPU multiplies bytes with weights that ask for sums in 32 bits; see :mod:`fxfreeze.cpu`."""
+    return on_cpu(program.inputs) and any(_is_wide(program, layer) for layer in integer_layers(program))
+
+
+def _is_wide(program: Program, layer: Node) -> bool:
+    sources = [value.args[0] for value in layer.all_input_nodes if value.target is DEQUANTIZE.op]
+    held = [program.state.tensor(str(node.target)) for node in sources if node.op == "get_attr"]  # type: ignore[union-attr]
+    return len(held) < len(sources) and any(_largest(value) > SAFE_WEIGHT for value in held)
+
+
+def _largest(value: Tensor) -> int:
+    low, high = value.aminmax()
+    return max(-int(low), int(high))
 
 
 def is_head(node: Node) -> bool:

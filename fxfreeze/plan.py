@@ -1215,6 +1215,11 @@ class Quantize(_Excluding):
         "that cost most for what they save then stay in floats, or in 8 bits instead of 4.",
         json_schema_extra={"pattern": rf"^(snr|drop):{_DECIMAL}$"},
     )
+    reduce_range: Flag | None = Field(
+        default=None,
+        description="Weights of 7 bits, within ±64, for 'int8': CPUs of x86 without VNNI add products of 8 bits up in "
+        "pairs of 16 bits, which overflow. None: where the CPU that compiles is such a one. Say so for another.",
+    )
     compensate: Flag = Field(
         default=False,
         description="Choose the integers of a linear layer's weights so that its results stay on the calibration data "
@@ -1237,6 +1242,7 @@ class Quantize(_Excluding):
             equalize: bool = False,
             products: bool = False,
             budget: str | None = None,
+            reduce_range: bool | None = None,
             compensate: bool = False,
             *,
             name: str = "",
@@ -1272,6 +1278,8 @@ class Quantize(_Excluding):
                 yield key, "has a meaning for scheme='int8'" + " and mode='static'" * (key != "equalize") + " only"
         if self.calibrate != "percentile" and self.percentile != type(self).model_fields["percentile"].default:
             yield "percentile", "has a meaning with calibrate='percentile' only"
+        if self.reduce_range is not None and self.scheme != "int8":
+            yield "reduce_range", f"is for products of integers, scheme='int8', not {self.scheme!r}"
         if self.compensate and not self.scheme.endswith("-weight"):
             yield "compensate", f"is for weights only: use scheme='int8-weight' or 'int4-weight', not {self.scheme!r}"
         if not 50 < self.percentile <= 100:

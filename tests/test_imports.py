@@ -39,6 +39,7 @@ TABLE: dict[str, str] = {
     "door": "*",
     "_version": "",
     "errors": "",
+    "cpu": "",
     "record": "",
     "constants": "",
     "checkpoints": "",
@@ -69,8 +70,8 @@ TABLE: dict[str, str] = {
     "inline": "program",
     "proof": "constants memory program sampling",
     "pipeline": "constants dataflow passes plan program proof rewrite sampling",
-    "inductor": "dataflow kernels packed program",
-    "integers": "exporting inductor kernels program",
+    "inductor": "dataflow inline kernels packed program",
+    "integers": "cpu exporting inductor kernels program",
     "packed": "inline kernels program",
     "launched": "inline kernels packed program",
     "lower": "exporting integers kernels launched packed program sampling",
@@ -81,7 +82,7 @@ TABLE: dict[str, str] = {
     "firing": "kernels program",
     "locks": "",
     "factory": "plan",
-    "artifact": "banks binding emit firing locks lower packed parity plan program report sampling "
+    "artifact": "banks binding cpu emit firing integers locks lower packed parity plan program report sampling "
     "sensitivity serialize weights _version",
     "adapt": "binding calibration capture margin passes pipeline plan program proof rewrite weights",
     "merging": "pass rewrite",
@@ -102,8 +103,8 @@ TABLE: dict[str, str] = {
     "passes": "pass rewrite",
     "pass": "axes checkpoints constants coupling dataflow graft inline kernels masks nn packed pass-helper plan "
     "program rewrite rotations weights",
-    "pass-helper": "adapterhub axes checkpoints constants coupling dataflow graft inline kernels masks memory nn plan "
-    "program rewrite rotations sensitivity weights",
+    "pass-helper": "adapterhub axes checkpoints constants coupling cpu dataflow graft inline kernels masks memory nn "
+    "plan program rewrite rotations sensitivity weights",
     "kernels": "",
     "kernel": "kernel-helper",
     "kernel-helper": "",

@@ -205,6 +205,8 @@ def test_edges_that_are_fine() -> None:
          "steps[0].granularity: groups are for weights alone: an integer product has one scale per output feature"),
         ({"steps": [{"kind": "quantize", "granularity": "group:0"}]},
          "steps[0].granularity: must be 'tensor', 'channel' or 'group:32' (or another number), got 'group:0'"),
+        ({"steps": [{"kind": "quantize", "scheme": "int8-weight", "reduce_range": True}]},
+         "steps[0].reduce_range: is for products of integers, scheme='int8', not 'int8-weight'"),
         ({"steps": [{"kind": "quantize", "scheme": "int4-weight"}]},
          "steps[0].granularity: 'channel' is too coarse for 4 bits; use 'group:32'"),
         ({"steps": [{"kind": "quantize", "mode": "dynamic", "calibrate": "mse"}]},

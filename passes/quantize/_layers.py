@@ -17,7 +17,7 @@ from fxfreeze.rewrite import Context
 from ._activations import Scale, quantized
 from ._calibrate import layer_run
 from ._sites import Site
-from ._weights import Integers, Layout, computed, stored_weight, to_integers
+from ._weights import Integers, Layout, computed, product_bits, stored_weight, to_integers
 
 _BIAS_LIMIT = 2**30
 """A bias in steps of the integer product, at most: runtimes add it as an int32."""
@@ -41,7 +41,7 @@ class Layer:
         if bias is not None:
             least = bias.abs() / (scale.step * _BIAS_LIMIT)
             least = least if layout.each else least.max()
-        integers = to_integers(stored_weight(program, operator), layout, 8, dtype, least)
+        integers = to_integers(stored_weight(program, operator), layout, product_bits(program, site.step), dtype, least)
         return cls(site, integers, None, scale).with_bias(bias)
 
     def with_bias(self, bias: Tensor | None) -> Layer:

@@ -7,8 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fxfreeze import cpu
 from fxfreeze.kernels.dequantize import KERNEL as DEQUANTIZE
-from fxfreeze.program import INTEGERS, IntegerSite, Program
+from fxfreeze.plan import Quantize
+from fxfreeze.program import INTEGERS, IntegerSite, Program, on_cpu
 from fxfreeze.rewrite import Context
 
 from .._adapters import describe
@@ -16,7 +18,7 @@ from .._measured import Tally
 from .._operators import WeightOperator
 from ._sites import Site
 
-LIMITS = {8: 127, 4: 7}
+LIMITS = {8: 127, 7: cpu.SAFE_WEIGHT, 4: 7}
 """Bits → the largest integer of a weight. The smallest is its negative, so that 0 lies in the middle."""
 
 
@@ -77,6 +79,17 @@ def to_integers(weight: Tensor, layout: Layout, bits: int, dtype: torch.dtype, l
     return Integers(values, scale.squeeze(dims), layout)
 
 
+def product_bits(program: Program, step: Quantize) -> int:
+    """The bits of a weight that is multiplied with integers; a step that leaves it open asks this machine."""
+    reduced = on_cpu(program.inputs) and cpu.adds_in_16_bits() if step.reduce_range is None else step.reduce_range
+    return 7 if reduced else 8
+
+
+def range_notes(bits: int) -> list[str]:
+    """For the ledger, where integers of 8 bits are not used whole."""
+    return [f"weights within ±{LIMITS[bits]}, for sums in 16 bits"] if bits == 7 else []
+
+
 def nearest(program: Program, site: Site, bits: int) -> Integers:
     """The layer's weight as the nearest integers, in the layout that its step asks for."""
     layout = Layout.of(site.operator, site.step.granularity)
@@ -124,7 +137,8 @@ def quantize_weight(program: Program, ctx: Context, site: Site, bits: int, input
     """
     weight, integers, tally = stored_weight(program, site.operator), nearest(program, site, bits), Tally()
     tally.add(integers.floats(), weight, weight.new_empty(0))
-    put_integers(program, ctx, site, integers, bits, f"{tally.words} of its weight{why}", inputs)
+    detail = "; ".join([f"{tally.words} of its weight{why}", *range_notes(bits)])
+    put_integers(program, ctx, site, integers, bits, detail, inputs)
 
 
 def put_integers(
@@ -134,5 +148,5 @@ def put_integers(
     read_integers(program, site, integers)
     ctx.ledger.add(
         site=site.path, step=site.step.name, requested=describe(site.step), outcome="rewritten",
-        executes=f"int{bits} weights, one scale per {site.step.granularity}{inputs}", detail=detail,
+        executes=f"int{4 if bits == 4 else 8} weights, one scale per {site.step.granularity}{inputs}", detail=detail,
     )  # fmt: skip

@@ -20,7 +20,7 @@ from .._measured import measure_outputs
 from ._activations import HIGH, LOW
 from ._sensitivity import Level, choose, layer_seconds, measures
 from ._sites import Site, has_budget, quantized_sites
-from ._weights import computed, nearest, quantize_weight
+from ._weights import computed, nearest, product_bits, quantize_weight
 
 
 class QuantizeDynamic(Pass):
@@ -65,7 +65,8 @@ def requantized(x: Tensor) -> Tensor:
 
 def _levels(program: Program, ctx: Context, sites: Sequence[Site]) -> dict[Site, list[Level]]:
     def act(site: Site) -> Callable[[Tensor], Tensor]:
-        integers, bias = nearest(program, site, 8), program.constant64(site.operator.bias)
+        bits, bias = product_bits(program, site.step), program.constant64(site.operator.bias)
+        integers = nearest(program, site, bits)
         return lambda value: computed(site, requantized(value), integers, bias)
 
     seconds = layer_seconds(program, ctx, sites)
@@ -87,4 +88,4 @@ def _rewrite(program: Program, ctx: Context, site: Site, inputs: dict[Node, Node
     if value not in inputs:
         inputs[value] = inline(program, requantized, value, before=node, like=node)
     node.replace_input_with(value, inputs[value])
-    quantize_weight(program, ctx, site, 8, "; uint8 input, scaled per call")
+    quantize_weight(program, ctx, site, product_bits(program, site.step), "; uint8 input, scaled per call")

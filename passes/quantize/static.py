@@ -22,7 +22,7 @@ from ._calibrate import Seen, layer_run, observe
 from ._layers import Layer, corrected
 from ._sensitivity import kept
 from ._sites import Site, has_budget, quantized_sites
-from ._weights import read_integers
+from ._weights import product_bits, range_notes, read_integers
 
 _RECTIFIERS = frozenset({aten.relu.default, aten.relu6.default, aten.hardtanh.default})
 _PADS = frozenset({aten.pad.default, aten.constant_pad_nd.default})
@@ -70,15 +70,15 @@ class QuantizeStatic(Pass):
         values, everywhere = _values([layer.site for layer in layers])
         noise = _noise(program, ctx, layers)
         for layer in layers:
-            self._report(ctx, layer, seen, noise[layer.site.operator.node])
+            self._report(program, ctx, layer, seen, noise[layer.site.operator.node])
         _rewrite(program, layers, {node: scale(node, step) for node, step in values.items()}, everywhere)
         if layers:
             measure_outputs(ctx, program, before, "static int8")
         return len(layers)
 
-    def _report(self, ctx: Context, layer: Layer, seen: Seen, noise: Tally) -> None:
+    def _report(self, program: Program, ctx: Context, layer: Layer, seen: Seen, noise: Tally) -> None:
         site, observer = layer.site, seen.observers[layer.site.operator.input]
-        notes = [f"{noise.words} of its result", seen.basis(ctx)]
+        notes = [f"{noise.words} of its result", seen.basis(ctx), *range_notes(product_bits(program, site.step))]
         if (outside := observer.range(site.step.percentile).outside) > _SATURATED:
             notes.append(f"warning: {outside:.2%} of its input saturates")
         if observer.outlier > _OUTLIER:

@@ -165,6 +165,50 @@ def test_scales_of_the_call_go_with_integer_kernels(target: str) -> None:
         assert float((artifact(x) - want).norm() / want.norm()) < 0.03
 
 
+class Mixed(nn.Module):
+    """Convolutions in one and two dims, one weight that two layers share, and a product with its weight [in, out]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.plane, self.line = nn.Conv2d(3, 8, 3, padding=1), nn.Conv1d(8, 8, 3, padding="same")
+        self.each, self.last = nn.Linear(8, 8), Product(8, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.line(self.plane(x).relu().mean(2)).relu().transpose(1, 2)
+        return self.last(self.each(self.each(x).relu()))
+
+
+def mixed(*targets: str) -> fz.Artifact:
+    pytest.importorskip("torchao", reason="needs fxfreeze[int8]")
+    data = torch.randn(32, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    plan = fz.Plan([fz.Input("x", ("batch", 3, 8, 8))], [fz.Quantize(granularity="tensor")], targets)
+    return fz.compile(Mixed().eval(), plan, calibration=[data])
+
+
+def test_one_scale_for_a_whole_weight_is_written_out_per_output() -> None:
+    artifact = mixed()
+    program = load_program(artifact.folder / "program")
+    changed = with_integers(program)
+    weights = [node for node in changed.graph.nodes if "dequantize_per_channel" in str(node.target)]
+    assert [node.args[0].meta["val"].shape[0] for node in weights] == [8, 8, 8, 8, 6]
+    for node in weights:
+        scale, outputs = changed.state.tensor(str(node.args[1].target)), node.args[0].meta["val"].shape[0]
+        assert scale.shape == (outputs,) and scale.unique().numel() == 1 and node.args[3] == 0
+    # The second call of that layer is read as rows, by a product; the first, by the second, is not.
+    layers = [node for node in changed.graph.nodes if str(node.target) == "aten.linear.default"]
+    assert [node.meta["val"].ndim for node in layers] == [3, 2, 2]
+    x = torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(2))
+    torch.testing.assert_close(changed.run(x)[0], program.run(x)[0], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["torch", "aoti"])
+def test_one_scale_for_a_whole_weight_goes_with_integer_kernels(target: str) -> None:
+    ran = [row["executes"] for row in mixed(target).manifest["ledger"] if row["executes"].endswith(f"in {target}")]
+    assert ran == [f"integer-executed by oneDNN in {target}"] * 5
+
+
 class Product(nn.Module):
     """A linear layer with its weight [in, out], as GPT-2 has them."""
 

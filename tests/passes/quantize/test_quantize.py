@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import fxfreeze as fz
+from fxfreeze import cpu
 from fxfreeze.api import Compilation, rewrite
 from fxfreeze.errors import PassError, PlanError
 from fxfreeze.kernels.dequantize import KERNEL as DEQUANTIZE
@@ -90,12 +91,33 @@ def test_every_layer_becomes_integers_and_the_outputs_hardly_move(net: nn.Module
 
 
 def test_weights_are_symmetric_per_output_feature(net: nn.Module) -> None:
-    done = compiled(net, fz.Quantize())
+    done = compiled(net, fz.Quantize(reduce_range=False))
     whole, scale = stored(done, "stem.weight.int"), stored(done, "stem.weight.scale")
     want = net.stem.weight.detach().abs().amax((1, 2, 3)) / 127  # type: ignore[union-attr, operator]
     torch.testing.assert_close(scale, want)
     assert whole.min() >= -127 and bool((whole.abs().amax((1, 2, 3)) == 127).all())
     assert stored(compiled(net, fz.Quantize(granularity="tensor")), "stem.weight.scale").shape == ()
+
+
+@pytest.mark.parametrize("mode", ["static", "dynamic"])
+@pytest.mark.parametrize(
+    ("asked", "narrow", "largest"), [(None, False, 127), (None, True, 64), (True, False, 64), (False, True, 127)]
+)
+def test_weights_have_7_bits_where_sums_have_16(
+    net: nn.Module, monkeypatch: pytest.MonkeyPatch, mode: str, asked: bool | None, narrow: bool, largest: int
+) -> None:
+    monkeypatch.setattr(cpu, "adds_in_16_bits", lambda: narrow)
+    done = compiled(net, fz.Quantize(mode=mode, reduce_range=asked, exclude=["stem", "one", "two"]))
+    assert int(stored(done, "head.weight.int").abs().max()) == largest
+    told = rows(done, "rewritten")["head"]
+    assert told.executes.startswith("int8 weights, one scale per channel; uint8 input")
+    assert ("within ±64" in told.detail) == (largest == 64)
+
+
+def test_weights_alone_keep_8_bits(net: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "adds_in_16_bits", lambda: True)
+    done = compiled(net, fz.Quantize(at="head", scheme="int8-weight"))
+    assert int(stored(done, "head.weight.int").abs().max()) == 127
 
 
 def test_the_bias_lies_on_the_grid_of_the_integer_product(net: nn.Module) -> None:
