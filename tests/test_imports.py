@@ -96,7 +96,7 @@ TABLE: dict[str, str] = {
     "nn": "kernels",
     "api": "adapt artifact binding calibration capture emit lower parity passes pipeline plan program proof report "
     "rewrite sampling sensitivity serialize",
-    "bench": "adapt artifact binding calibration capture exporting factory plan proof sampling",
+    "bench": "adapt artifact binding calibration capture cpu exporting factory plan proof sampling",
     "demo": "door adapt api artifact plan report",
     "cli": "door adapt api artifact bench demo factory passes plan report rewrite _version",
     "__main__": "cli",
@@ -108,8 +108,8 @@ TABLE: dict[str, str] = {
     "kernels": "",
     "kernel": "kernel-helper",
     "kernel-helper": "",
-    "benchmarks": "adapt artifact binding calibration capture coupling door emit exporting factory kernel lower nn "
-    "pass passes plan proof sampling serialize",
+    "benchmarks": "adapt artifact binding calibration capture coupling cpu door emit exporting factory kernel lower "
+    "nn pass passes plan proof sampling serialize",
 }
 
 GROUPS = {"kernels": {"kernels", "kernel", "kernel-helper"}}

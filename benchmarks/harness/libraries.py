@@ -50,8 +50,10 @@ def torchao_static(
     from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
     from torchao.quantization.pt2e.quantizer import x86_inductor_quantizer as x86
 
+    from fxfreeze.cpu import adds_in_16_bits
+
     quantizer = x86.X86InductorQuantizer()
-    quantizer.set_global(x86.get_default_x86_inductor_quantization_config())
+    quantizer.set_global(x86.get_default_x86_inductor_quantization_config(reduce_range=adds_in_16_bits()))
     for path in floats:
         quantizer.set_module_name_qconfig(path, None)
     exporting = functools.partial(torch.export.export, module, tuple(example), dynamic_shapes=sizes)

@@ -50,11 +50,15 @@ def quantize_static(
 ) -> Path:
     """The file that it makes of a float one: QDQ, uint8 inputs, int8 weights per channel, ranges by min and max.
 
+    On a CPU without VNNI weights have the reduced range that its documentation advises there.
+
     Args:
         floats: paths of the modules that stay in floats.
     """
     need("onnxruntime")
     from onnxruntime import quantization as ort
+
+    from fxfreeze.cpu import adds_in_16_bits
 
     class Reader(ort.CalibrationDataReader):  # type: ignore[misc]
         def __init__(self) -> None:
@@ -68,7 +72,7 @@ def quantize_static(
     ort.quantize_static(
         str(_prepared(source, folder)), str(done), Reader(), quant_format=ort.QuantFormat.QDQ, per_channel=True,
         activation_type=ort.QuantType.QUInt8, weight_type=ort.QuantType.QInt8,
-        nodes_to_exclude=_nodes_of(source, floats),
+        nodes_to_exclude=_nodes_of(source, floats), reduce_range=adds_in_16_bits(),
     )  # fmt: skip
     return done
 
@@ -78,10 +82,12 @@ def quantize_dynamic(source: Path, folder: Path, floats: Collection[str] = ()) -
     need("onnxruntime")
     from onnxruntime import quantization as ort
 
+    from fxfreeze.cpu import adds_in_16_bits
+
     done = folder / "quantized.onnx"
     ort.quantize_dynamic(
         str(_prepared(source, folder)), str(done), per_channel=True, weight_type=ort.QuantType.QInt8,
-        nodes_to_exclude=_nodes_of(source, floats),
+        nodes_to_exclude=_nodes_of(source, floats), reduce_range=adds_in_16_bits(),
     )  # fmt: skip
     return done
 
