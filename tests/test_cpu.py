@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -47,12 +48,12 @@ def test_the_largest_weight_fits() -> None:
         assert (2 * 255 * weight < 2**15) is fits
 
 
-def diagonal(reduce_range: bool | None) -> fz.Artifact:
+def diagonal(reduce_range: bool | None = None, **given: Any) -> fz.Artifact:
     """One weight of each output is not 0, so that nothing overflows anywhere; it is the largest there is."""
     model = nn.Sequential(nn.Linear(8, 8, bias=False)).eval()
     with torch.no_grad():
         model[0].weight.copy_(torch.eye(8))  # type: ignore[operator]
-    plan = fz.Plan([fz.Input("x", ("batch", 8))], [fz.Quantize(reduce_range=reduce_range)], ["onnx"])
+    plan = fz.Plan([fz.Input("x", ("batch", 8))], [fz.Quantize(reduce_range=reduce_range, **given)], ["onnx"])
     return fz.compile(model, plan, calibration=[3 * torch.randn(32, 8, generator=torch.Generator().manual_seed(1))])
 
 
@@ -60,7 +61,7 @@ def test_weights_of_8_bits_are_refused_where_they_overflow(monkeypatch: pytest.M
     pytest.importorskip("onnxruntime", reason="needs fxfreeze[onnx]")
     x = torch.randn(3, 8, generator=torch.Generator().manual_seed(2))
     monkeypatch.setattr(cpu, "adds_in_16_bits", lambda: False)
-    wide = diagonal(None)
+    wide = diagonal()
     assert wide.manifest["wide_products"] is True
     wide.save(tmp_path / "wide")
     want = wide(x)
@@ -72,6 +73,7 @@ def test_weights_of_8_bits_are_refused_where_they_overflow(monkeypatch: pytest.M
         assert not isinstance(caught.value, EmitError) and "reduce_range=True" in str(caught.value)
     with pytest.raises(EmitError, match=NARROW):
         diagonal(False)
-    narrow = diagonal(None)
+    assert diagonal(scheme="int8-weight").manifest["wide_products"] is False  # of floats there are no such sums
+    narrow = diagonal()
     assert narrow.manifest["wide_products"] is False
     torch.testing.assert_close(narrow(x), want, rtol=0.0, atol=0.05)
