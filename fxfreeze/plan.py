@@ -1218,7 +1218,8 @@ class Quantize(_Excluding):
     reduce_range: Flag | None = Field(
         default=None,
         description="Weights of 7 bits, within ±64, for 'int8': CPUs of x86 without VNNI add products of 8 bits up in "
-        "pairs of 16 bits, which overflow. None: where the CPU that compiles is such a one. Say so for another.",
+        "pairs of 16 bits, which overflow. None: where the CPU that compiles is such a one; say so if another will run "
+        "it.",
     )
     compensate: Flag = Field(
         default=False,
