@@ -74,8 +74,8 @@ def rivals(network: Network, variant: Variant) -> tuple[str, ...]:
 
 def ours(network: Network, variant: Variant, quick: bool) -> tuple[str, ...]:
     """ONNX Runtime, and what may be faster: AOTInductor's packages for convolutions on integers, and where one row
-    meets gates or a head; torch.compile for large float products with gates between them. On the panel
-    packages in floats, too."""
+    meets gates or a head; torch.compile for large float products with gates between them. On the panel packages in
+    floats, too."""
     if quick:
         return (ONNX,)
     integers = variant.int8 and network.convolutional

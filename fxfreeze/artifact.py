@@ -68,7 +68,7 @@ class Artifact:
     Made by ``fxfreeze.compile`` or ``fxfreeze.load``. Attributes:
         folder: where its files are; a private temporary folder, removed with the artifact, unless it was loaded.
         manifest: the record, JSON-able (keys: format, fxfreeze, versions, machine, plan, interface, structural_hash,
-            wide_products, gates, adapters, targets, default, passes, proofs, ledger, sensitivity, parity, scores,
+            gates, adapters, targets, default, wide_products, passes, proofs, ledger, sensitivity, parity, scores,
             sizes, dense, files, digest).
         interface: names, dtypes, shapes and dims of inputs and outputs.
     """
@@ -120,8 +120,10 @@ class Artifact:
         say = progress or (lambda text: None)
         folder = Path(tempfile.mkdtemp(prefix="fxfreeze-"))
         try:
-            draws, rows, scores = [], [], {}
+            draws, rows, scores, wide = [], [], {}, wide_products(program)
             if plan.targets:
+                if wide:
+                    _refuse_16_bits(EmitError)
                 say("running the model")
                 # A lossy step moved the truth: eager torch is then the program before its exact passes.
                 eager = reference if exact or source is None else source.run
@@ -130,8 +132,6 @@ class Artifact:
             if evaluate is not None:
                 say("evaluating the model")
                 scores[parity.MODEL] = float(evaluate(nested(Interface.of(program), reference or program.run)))
-            if plan.targets and wide_products(program):
-                _refuse_16_bits(EmitError)
             found = banks.banks(program, plan)
             facts = _emit(program, found, plan, folder, examples, say)
             executed = _executed(program, plan, facts)
@@ -148,6 +148,7 @@ class Artifact:
                 del runner  # one target in memory at a time
             manifest = _manifest(program, plan, list(found), facts, folder)
             manifest |= {
+                "wide_products": wide,
                 "passes": _rows(passes),
                 "proofs": _rows(proofs),
                 "ledger": [*_rows(ledger), *executed],
@@ -578,7 +579,6 @@ def _manifest(
         "plan": plan.to_dict(),
         "interface": Interface.of(program).to_json(),
         "structural_hash": program.structural_hash(),
-        "wide_products": wide_products(program),
         "gates": _rows(gate_rows(program)),
         "adapters": adapters,
         "targets": dict(facts),

@@ -23,4 +23,4 @@ def _has_vnni() -> bool:
     if hasattr(torch.cpu, "get_capabilities"):
         found = torch.cpu.get_capabilities()
         return bool(found.get("avx512_vnni") or found.get("avx_vnni"))
-    return torch.cpu._is_vnni_supported()  # torch before 2.12 or so knows AVX-512's alone
+    return torch.cpu._is_vnni_supported()  # of AVX-512 alone; all that a torch without capabilities can say

@@ -38,12 +38,12 @@ def prepare(program: Program) -> None:
     for node in list(program.graph.nodes):
         if node.target in _LAYERS and _reads_integers(node):
             _spread(program, node)
-            if _is_read_flat(node):
+            if node.target in _TWO_DIMS:
+                _widen(program, node)
+            elif _is_read_flat(node):
                 _flatten(program, node)
-        if node.target in PRODUCTS:
+        elif node.target in PRODUCTS:
             _turn(program, node)  # a sum comes later, and finds the linear layer
-        elif node.target in _TWO_DIMS and _reads_integers(node):
-            _widen(program, node)
         elif node.target is aten.add.Tensor and not node.kwargs:
             _part_sum(program, node)
     program.sweep()
