@@ -17,6 +17,9 @@ So does fxfreeze::quantize, halfway between two integers, and fxfreeze::quantize
 integer that turns moves what the next layers quantize by a good part of a step, and so turns more of them: rounding is
 therefore measured with the integers of the first run in the place of those of the second. Other jumps (==, sign, round
 elsewhere, argmax, sort) are not looked at.
+
+Decisions behind decisions are alike: a hard gate that turns moves what the gates of later layers compare by far more
+than rounding, and other ones of those turn, which ones hangs on which turned before. No few runs meet them all.
 """
 
 from __future__ import annotations
@@ -57,8 +60,8 @@ class Slack:
     """How far an output's elements may be from their float64 values, float64 tensors of its shape: `low` ≤ 0 ≤ `high`.
 
     Both are 0 where nothing moves by more than rounding. Elsewhere they are what the shifted runs span, and for floats
-    as much again on either side, since of several decisions some may turn. Where integers
-    follow on integers, the span is that of the row.
+    as much again on either side, since of several decisions some may turn. Where decisions follow on decisions, the
+    span is that of the row.
     """
 
     low: Tensor
@@ -111,7 +114,7 @@ def slacks(program: Program, inputs: Sequence[Tensor]) -> tuple[Slack | None, ..
     integers: deque[Tensor] = deque()
     with _Comparisons(partial(_note, rounded), integers=lambda found: _keep(integers, found)):
         dtypes = [value.dtype for value in program.run(*inputs)]
-    margins: list[Tensor] = []
+    margins: list[_Margin] = []
     close: list[bool] = []
     quantized = len(integers)
     with _Comparisons(partial(_measure, rounded, margins, close), integers=lambda _: integers.popleft()):
@@ -120,19 +123,24 @@ def slacks(program: Program, inputs: Sequence[Tensor]) -> tuple[Slack | None, ..
         return (None,) * len(truth)
     if quantized:
         truth = checked_run(program, inputs, "capture")
+    reached: list[bool] = [quantized > 1]
     shifted = [
-        _shifted(program, inputs, margins, sign, seed) for seed in (None, *range(_MIXED)) for sign in (1.0, -1.0)
+        _shifted(program, inputs, margins, reached, sign, seed)
+        for seed in (None, *range(_MIXED))
+        for sign in (1.0, -1.0)
     ]
+    spreads = any(reached)
     return tuple(
-        _slack(value, moved, dtype, spreads=quantized > 1)
+        _slack(value, moved, dtype, spreads=spreads)
         for value, moved, dtype in zip(truth, zip(*shifted, strict=True), dtypes, strict=True)
     )
 
 
 def _shifted(
-    program: Program, inputs: Sequence[Tensor], margins: Sequence[Tensor], sign: float, seed: int | None = None
-) -> tuple[Tensor, ...]:
-    with _Comparisons(_shift(margins, sign, seed), _shift_neighbours):
+    program: Program, inputs: Sequence[Tensor], margins: Sequence[_Margin], reached: list[bool],
+    sign: float, seed: int | None = None,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    with _Comparisons(_shift(margins, reached, sign, seed), _shift_neighbours):
         return checked_run(program, inputs, "capture")
 
 
@@ -259,8 +267,21 @@ def _keep(integers: deque[Tensor], found: Tensor) -> Tensor:
     return found
 
 
+@dataclass(frozen=True)
+class _Margin:
+    """Of one comparison: by how much it is shifted; and per row what rounding may do, and the sum of the left side."""
+
+    value: Tensor
+    rounding: Tensor
+    total: Tensor
+
+    def is_left_by(self, left: Tensor) -> bool:
+        """Whether this left side is another than rounding could make of it."""
+        return bool(((_total(left) - self.total).abs() > self.rounding).any())
+
+
 def _measure(
-    rounded: deque[Tensor], margins: list[Tensor], close: list[bool], left: Tensor, right: Any,
+    rounded: deque[Tensor], margins: list[_Margin], close: list[bool], left: Tensor, right: Any,
     distance: Distance = None,
 ) -> Tensor:  # fmt: skip
     """Append the margin of this comparison, one number per row, 0 where both dtypes found the sides equal, and whether
@@ -274,9 +295,9 @@ def _measure(
     rounding = torch.where(exact.abs() < MASK, exact - lift(noted), 0.0)
     margin = _ROUNDINGS * _mean(rounding) + _EPS * torch.finfo(noted.dtype).eps * size
     tied = (exact == 0) & (noted == 0)
-    margins.append(margin * ~tied if bool(tied.any()) else margin)
+    margins.append(_Margin(margin * ~tied if bool(tied.any()) else margin, margin, _total(left)))
     jump = exact if distance is None else distance()
-    close.append(bool(((jump.abs() <= margins[-1]) & ~tied).any()))
+    close.append(bool(((jump.abs() <= margin) & ~tied).any()))
     return left
 
 
@@ -287,13 +308,25 @@ def _mean(value: Tensor) -> Tensor:
     return size.mean(-1, keepdim=True) if size.dim() and size.shape[-1] else size
 
 
-def _shift(margins: Sequence[Tensor], sign: float, seed: int | None) -> Callable[[Tensor, Any], Tensor]:
-    """Shifts by `sign` times the margin; with a seed half of the decisions the other way."""
+def _total(value: Tensor) -> Tensor:
+    """Sum over the last dim, as :func:`_mean` takes it."""
+    value = torch.where(value.abs() < MASK, value, 0.0)
+    return value.sum(-1, keepdim=True) if value.dim() and value.shape[-1] else value
+
+
+def _shift(margins: Sequence[_Margin], reached: list[bool], sign: float, seed: int | None) -> Change:
+    """Shifts by `sign` times the margin; with a seed half of the decisions the other way.
+
+    Appends to `reached` whether earlier decisions, which were shifted, changed what this comparison is given.
+    """
     following = iter(margins)
     generator = None if seed is None else torch.Generator().manual_seed(seed)
 
     def shift(left: Tensor, right: Any, distance: Distance = None) -> Tensor:
-        margin = sign * next(following)
+        known = next(following)
+        if right is not None and not any(reached):  # without a right side, left is no value of the program
+            reached.append(known.is_left_by(left))
+        margin = sign * known.value
         if generator is None:
             return left + margin
         flipped = torch.rand(left.shape, generator=generator) < 0.5
@@ -310,7 +343,7 @@ def _slack(truth: Tensor, shifted: Iterable[Tensor], dtype: torch.dtype, spreads
         move = _difference(value, truth)
         low, high = torch.minimum(low, move), torch.maximum(high, move)
     if spreads and truth.dim() > 1:
-        # One integer turns others, other ones in every run: of a row, any element may move as far as the one that did.
+        # One decision turns others, other ones in every run: of a row, any element may move as far as the one that did.
         others = tuple(range(1, truth.dim()))
         low = low.amin(others, keepdim=True).expand_as(low)
         high = high.amax(others, keepdim=True).expand_as(high)

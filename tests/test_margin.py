@@ -290,6 +290,47 @@ def test_decisions_that_cancel_are_seen_one_by_one() -> None:
     assert seen >= 0.5
 
 
+class Gates(nn.Module):
+    """Hard gates in a row, each behind a product: what one lets through decides what the next ones do."""
+
+    def __init__(self, depth, width=32):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList(nn.Linear(width, width) for _ in range(depth))
+
+    def forward(self, x):
+        for layer in self.layers:
+            h = layer(x)
+            x = torch.where(h > 0.1, 3.0 * h, 0.0)
+        return x
+
+
+def spans(depth, closest):
+    """Of rows of which the second has a value of the first layer that far above its gate: slack by row, float64."""
+    model, width = Gates(depth), 32
+    x = torch.randn(3, width)
+    first = model.layers[0]
+    with torch.no_grad():
+        short = 0.1 + closest - (first.weight[5].double() @ x[1].double() + first.bias[5])
+        x[1] += (short * first.weight[5] / first.weight[5].square().sum()).float()
+    program, _ = captured(model, width)
+    (slack,) = slacks(program, [x])
+    return slack
+
+
+def test_a_gate_that_turns_others_lets_any_element_of_its_row_move():
+    """Which of the later ones turn is different in every run: the span is the row's, and no other row's."""
+    slack = spans(3, 1e-9)
+    assert slack.low[1].unique().numel() == slack.high[1].unique().numel() == 1
+    assert slack.high[1].min() > 0 and not slack.high[[0, 2]].any() and not slack.low[[0, 2]].any()
+
+
+def test_a_gate_with_none_behind_it_moves_what_hangs_on_it():
+    slack = spans(1, 1e-9)
+    assert (slack.high > slack.low).nonzero().tolist() == [[1, 5]]
+    assert spans(3, 0.01) is None
+
+
 # ---- top-k
 
 
