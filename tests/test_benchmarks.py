@@ -495,6 +495,12 @@ def test_the_rates_of_this_machine_are_measured(monkeypatch: pytest.MonkeyPatch)
     assert roofline.rates() == {"copy": 4.194e6, "float32": 1.049e6, "int8": 1.049e6}
 
 
+def test_the_rate_of_bytes_is_that_of_products_of_bytes() -> None:
+    """Not of a loop: it would take the suite longer to measure than the networks."""
+    product = roofline._byte_product(64, "cpu")().double()
+    assert product.shape == (64, 64) and product.abs().max() > 1000 and torch.equal(product, product.round())
+
+
 def test_a_rate_is_the_best_of_a_few(monkeypatch: pytest.MonkeyPatch) -> None:
     times = iter([2.0, 0.5, 3.0])
     monkeypatch.setattr(roofline, "clock_for", lambda device: lambda call: next(times))
