@@ -601,10 +601,11 @@ def test_a_reference_that_dies_leaves_rows(remote: Callable[[str], dict[str, Mea
 
 
 SERVED = """
-import os, signal, time
+import atexit, os, signal, time
 STATE = []
 
 def serve(pipe):
+    atexit.register(print, "tidied up")
     with pipe:
         while True:
             try:
@@ -638,7 +639,7 @@ def test_workers_are_forked_and_share_nothing(nursery: Nursery, tmp_path: Path) 
     for number, (word, (pid, pipe)) in enumerate(zip(("one", "two"), workers)):
         pipe.close()  # and each hears it, though the other was forked beside it
         assert nursery.wait(pid, 10) == "0"
-        assert (tmp_path / f"{number}.log").read_text() == f"heard {word}\n"
+        assert (tmp_path / f"{number}.log").read_text() == f"heard {word}\ntidied up\n"
 
 
 def test_a_worker_that_is_killed_harms_no_other(nursery: Nursery, tmp_path: Path) -> None:

@@ -57,6 +57,7 @@ class Process:
         self.source, self.nursery, self.log = source, nursery, log
         self.pid: int | None = None
         self.pipe: Connection | None = None
+        self.ended = False
 
     def ask(self, *words: Any) -> Any:
         """What the worker answers to `words`. Raises Dropped, also where it dies or takes too long."""
@@ -80,11 +81,17 @@ class Process:
         said = self.log.read_text(errors="replace").strip().splitlines()[-1:] or ["it said nothing"]
         return f"its process ended with status {status}: {said[0]}"
 
+    def hang_up(self) -> None:
+        """It ends, soon."""
+        if self.pipe is not None:
+            self.pipe.close()
+
     def close(self) -> None:
         """End it. One that does not hear that its pipe is closed is killed."""
-        if self.pipe is None or self.pid is None or self.pipe.closed:
+        self.hang_up()
+        if self.pid is None or self.ended:
             return
-        self.pipe.close()
+        self.ended = True
         if self.nursery.wait(self.pid, GRACE) == ALIVE:
             os.kill(self.pid, signal.SIGKILL)
             self.nursery.wait(self.pid, PATIENCE)
@@ -146,12 +153,11 @@ def worker_seats(
         folder, found = Path(name), source(case)
         task = folder / "task.pt"
         known = pool.submit(_write_task, Process(found, nursery, folder / "reference.log"), task)
-        seats: list[Seat] = []
-        for index in peers:
-            process = Process(found, nursery, folder / f"{index}.log")
-            stack.callback(process.close)
-            seats.append(Remote(process, index, task, known))
-        yield seats
+        processes = [Process(found, nursery, folder / f"{index}.log") for index in peers]
+        for end in (Process.close, Process.hang_up):  # all hang up before one is waited for
+            for process in processes:
+                stack.callback(end, process)
+        yield [Remote(process, index, task, known) for process, index in zip(processes, peers, strict=True)]
 
 
 def _write_task(process: Process, task: Path) -> None:
