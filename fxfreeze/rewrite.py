@@ -35,7 +35,7 @@ REPRODUCED = ("clean", "adapt", "lower")
 make it, one rounds it. An inexact pass of another stage is lossy."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class LedgerRow:
     """What became of one request at one site: requested → rewritten → what executes, or refused, and why."""
 
@@ -54,13 +54,18 @@ class Ledger:
 
     rows: list[LedgerRow] = field(default_factory=list)
     current_pass: str = ""
+    _known: set[LedgerRow] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        self._known = set(self.rows)
 
     def add(
         self, *, site: str, step: str, requested: str, outcome: Outcome, executes: str = "", detail: str = ""
     ) -> None:
         """Append a row under the name of the pass that is running; a row that says the same again is dropped."""
         row = LedgerRow(site, step, requested, outcome, self.current_pass, executes, detail)
-        if row not in self.rows:
+        if row not in self._known:  # of plans with 10,000 sites there are as many rows, and more
+            self._known.add(row)
             self.rows.append(row)
 
     def __iter__(self) -> Iterator[LedgerRow]:

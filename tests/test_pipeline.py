@@ -16,7 +16,7 @@ from fxfreeze.errors import PassError, PlanError, ProofError
 from fxfreeze.passes import PIPELINE
 from fxfreeze.pipeline import proof_draws, run_passes, stage_passes
 from fxfreeze.program import Program
-from fxfreeze.rewrite import STAGES, Context, NodeRewrite, NoMatch, Pass, fail
+from fxfreeze.rewrite import STAGES, Context, Ledger, NodeRewrite, NoMatch, Pass, fail
 
 aten = torch.ops.aten
 
@@ -284,3 +284,15 @@ def test_dumps_show_every_change_and_the_near_misses(
     monkeypatch.delenv("FXFREEZE_DEBUG")
     run_passes(program, [], Context(PLAN))
     assert len(list(folder.iterdir())) == 2
+
+
+def test_a_row_is_in_the_ledger_once() -> None:
+    ledger = Ledger()
+    for detail in ("one", "two", "one"):
+        ledger.add(site="fc", step="lora", requested="fold", outcome="rewritten", detail=detail)
+    again = Ledger(list(ledger))
+    again.add(site="fc", step="lora", requested="fold", outcome="rewritten", detail="two")
+    again.current_pass = "fold-delta"
+    again.add(site="fc", step="lora", requested="fold", outcome="rewritten", detail="two")
+    assert [row.detail for row in ledger] == ["one", "two"]
+    assert [(row.pass_name, row.detail) for row in again] == [("", "one"), ("", "two"), ("fold-delta", "two")]
