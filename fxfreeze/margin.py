@@ -123,13 +123,10 @@ def slacks(program: Program, inputs: Sequence[Tensor]) -> tuple[Slack | None, ..
         return (None,) * len(truth)
     if quantized:
         truth = checked_run(program, inputs, "capture")
-    reached: list[bool] = [quantized > 1]
     shifted = [
-        _shifted(program, inputs, margins, reached, sign, seed)
-        for seed in (None, *range(_MIXED))
-        for sign in (1.0, -1.0)
+        _shifted(program, inputs, margins, sign, seed) for seed in (None, *range(_MIXED)) for sign in (1.0, -1.0)
     ]
-    spreads = any(reached)
+    spreads = quantized > 1 or any(margin.reached for margin in margins)
     return tuple(
         _slack(value, moved, dtype, spreads=spreads)
         for value, moved, dtype in zip(truth, zip(*shifted, strict=True), dtypes, strict=True)
@@ -137,10 +134,9 @@ def slacks(program: Program, inputs: Sequence[Tensor]) -> tuple[Slack | None, ..
 
 
 def _shifted(
-    program: Program, inputs: Sequence[Tensor], margins: Sequence[_Margin], reached: list[bool],
-    sign: float, seed: int | None = None,
-) -> tuple[Tensor, ...]:  # fmt: skip
-    with _Comparisons(_shift(margins, reached, sign, seed), _shift_neighbours):
+    program: Program, inputs: Sequence[Tensor], margins: Sequence[_Margin], sign: float, seed: int | None = None
+) -> tuple[Tensor, ...]:
+    with _Comparisons(_shift(margins, sign, seed), _shift_neighbours):
         return checked_run(program, inputs, "capture")
 
 
@@ -267,17 +263,21 @@ def _keep(integers: deque[Tensor], found: Tensor) -> Tensor:
     return found
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Margin:
-    """Of one comparison: by how much it is shifted; and per row what rounding may do, and the sum of the left side."""
+    """Of one comparison: by how much it is shifted; and per row what rounding may do, and the sum of the left side.
+
+    `reached`: earlier decisions, when they were shifted, changed the left side by more than rounding could.
+    """
 
     value: Tensor
     rounding: Tensor
     total: Tensor
+    reached: bool = False
 
-    def is_left_by(self, left: Tensor) -> bool:
-        """Whether this left side is another than rounding could make of it."""
-        return bool(((_total(left) - self.total).abs() > self.rounding).any())
+    def see(self, left: Tensor) -> None:
+        """The left side in a run whose decisions are shifted."""
+        self.reached = self.reached or bool(((_total(left) - self.total).abs() > self.rounding).any())
 
 
 def _measure(
@@ -303,29 +303,29 @@ def _measure(
 
 def _mean(value: Tensor) -> Tensor:
     """Mean size over the last dim, without what stands for ∞: beside a mask's −1e9 no rounding would count."""
-    size = value.abs()
-    size = torch.where(size < MASK, size, 0.0)
+    size = _unmasked(value.abs())
     return size.mean(-1, keepdim=True) if size.dim() and size.shape[-1] else size
 
 
 def _total(value: Tensor) -> Tensor:
     """Sum over the last dim, as :func:`_mean` takes it."""
-    value = torch.where(value.abs() < MASK, value, 0.0)
+    value = _unmasked(value)
     return value.sum(-1, keepdim=True) if value.dim() and value.shape[-1] else value
 
 
-def _shift(margins: Sequence[_Margin], reached: list[bool], sign: float, seed: int | None) -> Change:
-    """Shifts by `sign` times the margin; with a seed half of the decisions the other way.
+def _unmasked(value: Tensor) -> Tensor:
+    return torch.where(value.abs() < MASK, value, 0.0)
 
-    Appends to `reached` whether earlier decisions, which were shifted, changed what this comparison is given.
-    """
+
+def _shift(margins: Sequence[_Margin], sign: float, seed: int | None) -> Change:
+    """Shifts by `sign` times the margin; with a seed half of the decisions the other way."""
     following = iter(margins)
     generator = None if seed is None else torch.Generator().manual_seed(seed)
 
     def shift(left: Tensor, right: Any, distance: Distance = None) -> Tensor:
         known = next(following)
-        if right is not None and not any(reached):  # without a right side, left is no value of the program
-            reached.append(known.is_left_by(left))
+        if right is not None:  # without a right side, left is no value of the program
+            known.see(left)
         margin = sign * known.value
         if generator is None:
             return left + margin

@@ -10,7 +10,7 @@ it did not. A non-match is a value (:class:`NoMatch`) with its reason and the no
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from difflib import SequenceMatcher
 from fnmatch import fnmatchcase
@@ -48,34 +48,32 @@ class LedgerRow:
     detail: str = ""
 
 
-@dataclass
 class Ledger:
-    """Every row written during one compilation, in order."""
+    """Every row written during one compilation, in order and once."""
 
-    rows: list[LedgerRow] = field(default_factory=list)
-    current_pass: str = ""
-    _known: set[LedgerRow] = field(init=False, repr=False, compare=False)
+    def __init__(self, rows: Iterable[LedgerRow] = ()) -> None:
+        self._rows = dict.fromkeys(rows)  # a plan with 10,000 sites has as many rows, and more, to look a new one up in
+        self.current_pass = ""
 
-    def __post_init__(self) -> None:
-        self._known = set(self.rows)
+    @property
+    def rows(self) -> list[LedgerRow]:
+        return list(self._rows)
 
     def add(
         self, *, site: str, step: str, requested: str, outcome: Outcome, executes: str = "", detail: str = ""
     ) -> None:
         """Append a row under the name of the pass that is running; a row that says the same again is dropped."""
         row = LedgerRow(site, step, requested, outcome, self.current_pass, executes, detail)
-        if row not in self._known:  # of plans with 10,000 sites there are as many rows, and more
-            self._known.add(row)
-            self.rows.append(row)
+        self._rows.setdefault(row)
 
     def __iter__(self) -> Iterator[LedgerRow]:
-        return iter(self.rows)
+        return iter(self._rows)
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self._rows)
 
     def to_json(self) -> list[dict[str, str]]:
-        return [asdict(row) for row in self.rows]
+        return [asdict(row) for row in self._rows]
 
 
 @dataclass
