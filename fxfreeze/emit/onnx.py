@@ -31,6 +31,7 @@ from ..program import Program, TensorSpec, integer_layers, on_cpu
 from ..sampling import sample_inputs, tracing_sizes
 from ..serialize import Interface
 from . import onnx_blocked, onnx_gates, onnx_heads, onnx_quantized, onnx_sums
+from .onnx_torchlib import read_once
 
 FILE = "model.onnx"
 OPSETS = (24, 21)
@@ -107,7 +108,7 @@ def _convert(lowering: Lowering, folder: Path, opset: int) -> tuple[dict[str, An
     import onnx
 
     program, exported = lowering.program, lowering.quantized
-    with torch.no_grad(), quiet():
+    with torch.no_grad(), quiet(), read_once():
         converted: Any = torch.onnx.export(
             exported,
             dynamo=True,
