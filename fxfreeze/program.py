@@ -154,6 +154,7 @@ class Program:
     _kept: dict[tuple[Recipe, torch.dtype], torch.Tensor] | None = field(
         default=None, init=False, repr=False, compare=False
     )
+    _told: tuple[object, str] | None = field(default=None, init=False, repr=False, compare=False)
 
     # ------------------------------------------------------------------ reading
 
@@ -424,7 +425,13 @@ class Program:
         def identify(name: str, node: Node) -> object:
             return name, name in self.state and self.state.identity(name)
 
-        return self._digest(identify)
+        # To compare is quick where nothing was touched, as by most passes: the objects are the same.
+        nodes = [(node, node.op, node.target, node.args, node.kwargs) for node in self.graph.nodes]
+        constants = [identify(str(node.target), node) for node in self.graph.nodes if node.op == "get_attr"]
+        now = self.inputs, nodes, constants
+        if self._told is None or self._told[0] != now:
+            self._told = now, self._digest(identify)
+        return self._told[1]
 
     def structural_hash(self) -> str:
         """SHA-256 over operators, edges, attributes, and shapes and dtypes of constants; names do not count."""

@@ -6,6 +6,7 @@ import hashlib
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -210,6 +211,36 @@ def test_the_fingerprint_sees_new_and_overwritten_constants(program: Program) ->
     renewed = program.fingerprint()
     program.state["fc.bias"].add_(0)
     assert len({before, renewed, program.fingerprint()}) == 3
+
+
+def test_a_second_fingerprint_sees_what_changed_since_the_first(program: Program) -> None:
+    def fresh() -> str:
+        return program.clone().fingerprint()
+
+    relu = node(program, aten.relu.default)
+
+    def negate() -> None:
+        relu.target = aten.neg.default
+
+    def add() -> None:
+        relu.target, relu.args, relu.kwargs = aten.add.Tensor, (relu.args[0], relu.args[0]), {"alpha": 2}
+
+    def more() -> None:
+        relu.kwargs = {"alpha": 3}
+
+    def bypass() -> None:
+        program.replace(relu, relu.args[0])  # type: ignore[arg-type]
+
+    def rename() -> None:
+        program.inputs = (replace(program.inputs[0], name="other"), *program.inputs[1:])
+
+    seen = [program.fingerprint()]
+    for edit in (negate, add, more, bypass, program.sweep, rename):
+        assert program.fingerprint() == seen[-1]
+        edit()
+        seen.append(program.fingerprint())
+        assert seen[-1] == fresh(), edit
+    assert len(set(seen)) == len(seen)
 
 
 # ---- constants
