@@ -280,18 +280,17 @@ def _check_constants(model: nn.Module) -> None:
             if value.is_meta:
                 raise CaptureError(f"{kind} has no values: it lies on the meta device", where=name)
             # -inf is what an attention mask buffer is made of; NaN never means anything.
-            bad = torch.isnan(value).any() if kind == "buffer" else ~_all_finite(value)
-            if (value.is_floating_point() or value.is_complex()) and bool(bad):
+            bad = bool(torch.isnan(value).any()) if kind == "buffer" else not _all_finite(value)
+            if bad and (value.is_floating_point() or value.is_complex()):
                 raise CaptureError(
                     f"{kind} holds NaN{'' if kind == 'buffer' else ' or Inf'}", where=name,
                     hint="load the right checkpoint; a frozen model must hold finite weights",
                 )  # fmt: skip
 
 
-def _all_finite(value: torch.Tensor) -> torch.Tensor:
+def _all_finite(value: torch.Tensor) -> bool:
     # The sum is finite only if every term is (short of overflow, which is then looked at properly): one pass, no mask.
-    total = value.sum()
-    return torch.isfinite(total) | torch.isfinite(value).all()
+    return bool(torch.isfinite(value.sum())) or bool(torch.isfinite(value).all())
 
 
 def _check_dims(

@@ -18,6 +18,7 @@ WORTH = 0.9
 
 _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _HIGHEST = {1: 1 << 7, 2: -1 << 15, 4: -1 << 31, 8: -1 << 63}
+_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _BITS = torch.arange(8, dtype=torch.uint8)
 
 
@@ -29,7 +30,7 @@ def without_zeros(tensor: Tensor) -> tuple[Tensor, Tensor] | None:
         there, then, if −0 counts as a zero, one for each zero, whether it is that. Both begin in a byte of their own,
         lowest bit first.
     """
-    if tensor.nbytes < LEAST:
+    if tensor.nbytes < LEAST or not _has_zeros_enough(tensor):
         return None
     words = _words(tensor)
     there = words.ne(0).any(1) if words.dim() > 1 else words.ne(0)
@@ -43,6 +44,13 @@ def without_zeros(tensor: Tensor) -> tuple[Tensor, Tensor] | None:
         return None
     bits = [_packed(there), *([_packed(negative[~there])] if signed else [])]
     return words[there].view(tensor.dtype).reshape(count), torch.cat(bits)
+
+
+def _has_zeros_enough(tensor: Tensor) -> bool:
+    """Whether masks may be worth making. Only floats are counted, whose comparison takes −0 for 0 as well."""
+    if tensor.dtype not in _FLOATS:
+        return True
+    return int(tensor.count_nonzero()) * tensor.itemsize + _bytes(tensor.numel()) <= WORTH * tensor.nbytes
 
 
 def with_zeros(elements: Tensor, bits: Tensor, length: int) -> Tensor:

@@ -43,7 +43,8 @@ class Known:
 
     Attributes:
         made: operators with a constant weight.
-        columns: of these, which numbers of the weight are not 0: bool [out, in / groups], of its window any.
+        columns: of these, where a weight has zeros, which of its numbers are none: bool [out, in / groups], of its
+            window any.
     """
 
     def __init__(self, program: Program, found: Coupling) -> None:
@@ -171,27 +172,33 @@ def only_zeros(known: Tensor) -> Tensor:
 
 def _response(known: Known, node: Node, made: WeightOperator, weight: Tensor) -> Tensor | None:
     """An output feature is known where every input that its row does not multiply by 0 is."""
-    used = (weight != 0).flatten(2).any(2) if weight.ndim > 2 else weight != 0
-    used = torch.ones(1, 1, dtype=torch.bool).expand(used.shape) if bool(used.all()) else used  # all weights are kept
-    known.columns[node] = used
+    if int(weight.count_nonzero()) < weight.numel():
+        used = weight != 0
+        known.columns[node] = used.flatten(2).any(2) if weight.ndim > 2 else used
     dim = node.meta["val"].ndim - 1 - len(made.kernel)
     source = known.along(made.input, dim)
     if made.kernel and not unpadded(node, made):
         source = only_zeros(source)
     inputs = source.reshape(made.groups, 1, -1)
-    rows = used.reshape(made.groups, -1, used.shape[1])
-    fixed = ~(rows & inputs.isnan()).any(2).flatten()
+    fixed = ~_reads(known, node, made, inputs.isnan())
     if not bool(fixed.any()):
         return None
     result = torch.zeros(1, dtype=torch.float64)
     if bool((inputs.nan_to_num() != 0).any()):
-        result = (summed(weight).reshape(rows.shape) * inputs.nan_to_num()).sum(2).flatten()
+        result = (summed(weight).reshape(made.groups, -1, made.shape[1]) * inputs.nan_to_num()).sum(2).flatten()
     if made.bias is not None:
         bias = known.of(made.bias)
         result = result + (math.nan if bias is None else only_same(bias))
     shape = [1] * node.meta["val"].ndim
     shape[dim] = -1
     return _tidy(torch.where(fixed, result, math.nan).reshape(shape))
+
+
+def _reads(known: Known, node: Node, made: WeightOperator, inputs: Tensor) -> Tensor:
+    """Which output features multiply any of some inputs, bool [groups, 1, in / groups], by something: bool [out]."""
+    if (used := known.columns.get(node)) is None:
+        return inputs.any(2).expand(made.groups, made.out_features // made.groups).flatten()
+    return (used.reshape(made.groups, -1, used.shape[1]) & inputs).any(2).flatten()
 
 
 def summed(weight: Tensor) -> Tensor:

@@ -154,8 +154,10 @@ class Reading:
         for leaf, entries in self.found.axes.entries(axis).items():
             if leaf in self.unread[node]:
                 read[entries[self.unread[node][leaf]].flatten()] = False
-        used = self.known.columns[node].reshape(made.groups, -1, made.shape[1])
-        return (used & read.reshape(made.groups, -1, 1)).any(1)
+        rows = read.reshape(made.groups, -1, 1)
+        if (used := self.known.columns.get(node)) is None:
+            return rows.any(1).expand(made.groups, made.shape[1])
+        return (used.reshape(made.groups, -1, made.shape[1]) & rows).any(1)
 
     # ---- sites
 
