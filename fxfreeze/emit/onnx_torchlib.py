@@ -18,15 +18,16 @@ def read_once() -> Iterator[None]:
     """
     from onnxscript import TracedOnnxFunction
 
-    found = vars(TracedOnnxFunction).get("function_ir")
+    traced: Any = TracedOnnxFunction
+    found = vars(traced).get("function_ir")
     if not isinstance(found, property) or found.fget is None:
         yield
         return
-    TracedOnnxFunction.function_ir = property(_remembering(found.fget))
+    traced.function_ir = property(_remembering(found.fget))
     try:
         yield
     finally:
-        TracedOnnxFunction.function_ir = found
+        traced.function_ir = found
 
 
 @functools.cache
