@@ -36,7 +36,7 @@ def test_a_second_export_reads_no_source(reads):
 
 
 def test_what_is_remembered_is_what_is_read():
-    from onnxscript.function_libs.torch_lib.ops.core import aten_addmm, aten_abs
+    from onnxscript.function_libs.torch_lib.ops.core import aten_abs, aten_addmm
 
     before = [function.function_ir for function in (aten_addmm, aten_abs)]
     for _ in range(2):
