@@ -279,9 +279,10 @@ def _check_constants(model: nn.Module) -> None:
         for name, value in tensors:
             if value.is_meta:
                 raise CaptureError(f"{kind} has no values: it lies on the meta device", where=name)
+            if not (value.is_floating_point() or value.is_complex()):
+                continue
             # -inf is what an attention mask buffer is made of; NaN never means anything.
-            bad = bool(torch.isnan(value).any()) if kind == "buffer" else not _all_finite(value)
-            if bad and (value.is_floating_point() or value.is_complex()):
+            if bool(torch.isnan(value).any()) if kind == "buffer" else not _all_finite(value):
                 raise CaptureError(
                     f"{kind} holds NaN{'' if kind == 'buffer' else ' or Inf'}", where=name,
                     hint="load the right checkpoint; a frozen model must hold finite weights",

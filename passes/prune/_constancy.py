@@ -93,6 +93,19 @@ class Known:
                 return None
         return apply(made.to_canonical(), value.detach().cpu())
 
+    def multiplied(self, node: Node, entries: Tensor, over: int) -> Tensor:
+        """Whether an operator multiplies any of some entries by something: bool, without the dim `over`.
+
+        Args:
+            entries: bool, that broadcasts to the weight as [groups, out / groups, in / groups].
+        """
+        made = self.made[node]
+        sizes = [made.groups, made.out_features // made.groups, made.shape[1]]
+        if (used := self.columns.get(node)) is not None:
+            entries = used.reshape(sizes) & entries
+        del sizes[over]
+        return entries.any(over).expand(sizes)
+
     # ---- one operator
 
     def _visit(self, node: Node) -> Any:
@@ -180,7 +193,7 @@ def _response(known: Known, node: Node, made: WeightOperator, weight: Tensor) ->
     if made.kernel and not unpadded(node, made):
         source = only_zeros(source)
     inputs = source.reshape(made.groups, 1, -1)
-    fixed = ~_reads(known, node, made, inputs.isnan())
+    fixed = ~known.multiplied(node, inputs.isnan(), over=2).flatten()
     if not bool(fixed.any()):
         return None
     result = torch.zeros(1, dtype=torch.float64)
@@ -192,13 +205,6 @@ def _response(known: Known, node: Node, made: WeightOperator, weight: Tensor) ->
     shape = [1] * node.meta["val"].ndim
     shape[dim] = -1
     return _tidy(torch.where(fixed, result, math.nan).reshape(shape))
-
-
-def _reads(known: Known, node: Node, made: WeightOperator, inputs: Tensor) -> Tensor:
-    """Which output features multiply any of some inputs, bool [groups, 1, in / groups], by something: bool [out]."""
-    if (used := known.columns.get(node)) is None:
-        return inputs.any(2).expand(made.groups, made.out_features // made.groups).flatten()
-    return (used.reshape(made.groups, -1, used.shape[1]) & inputs).any(2).flatten()
 
 
 def summed(weight: Tensor) -> Tensor:

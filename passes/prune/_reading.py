@@ -154,10 +154,7 @@ class Reading:
         for leaf, entries in self.found.axes.entries(axis).items():
             if leaf in self.unread[node]:
                 read[entries[self.unread[node][leaf]].flatten()] = False
-        rows = read.reshape(made.groups, -1, 1)
-        if (used := self.known.columns.get(node)) is None:
-            return rows.any(1).expand(made.groups, made.shape[1])
-        return (used.reshape(made.groups, -1, made.shape[1]) & rows).any(1)
+        return self.known.multiplied(node, read.reshape(made.groups, -1, 1), over=1)
 
     # ---- sites
 
