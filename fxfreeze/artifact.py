@@ -120,15 +120,17 @@ class Artifact:
         say = progress or (lambda text: None)
         folder = Path(tempfile.mkdtemp(prefix="fxfreeze-"))
         try:
-            draws, rows, scores, wide = [], [], {}, wide_products(program)
+            rows, scores, wide = [], {}, wide_products(program)
+            # A lossy step moved the truth: eager torch is then the program before its exact passes.
+            eager = reference if exact or source is None else source.run
+            draws = parity.Draws(program, eager, source=source, examples=examples)
             if plan.targets:
                 if wide:
                     _refuse_16_bits(EmitError)
                 say("running the model")
-                # A lossy step moved the truth: eager torch is then the program before its exact passes.
-                eager = reference if exact or source is None else source.run
-                draws = parity.draw(program, eager, source=source, examples=examples)
-                rows = parity.check_model(program, draws) if exact and reference is not None else []
+                rows = parity.check_model(program, draws.of()) if exact and reference is not None else []
+                for name in plan.targets:
+                    draws.of(EMITTERS[name].computes)
             if evaluate is not None:
                 say("evaluating the model")
                 scores[parity.MODEL] = float(evaluate(nested(Interface.of(program), reference or program.run)))
@@ -141,7 +143,7 @@ class Artifact:
             for name in plan.targets:
                 say(f"checking {name}")
                 runner = _load(name, folder, Interface.of(program), lambda: shelf)
-                rows += parity.check_target(name, runner, program, draws)
+                rows += parity.check_target(name, runner, program, draws.of(EMITTERS[name].computes))
                 if evaluate is not None:
                     say(f"evaluating {name}")
                     scores[name] = float(evaluate(nested(Interface.of(program), runner)))
@@ -232,7 +234,10 @@ class Artifact:
     @property
     def program(self) -> Program:
         """The stored program, read anew, with the adapters that there are now."""
-        return banks.closed(load_program(self.folder / PROGRAM, shapes=False), self.interface, self._shelf.values)
+        return self._read(shapes=False)
+
+    def _read(self, shapes: bool) -> Program:
+        return banks.closed(load_program(self.folder / PROGRAM, shapes=shapes), self.interface, self._shelf.values)
 
     def check(self, examples: Sequence[Tensor] | None = None) -> list[parity.ParityRow]:
         """Hash the files and compare every target, loaded anew, with the stored program in float64.
@@ -244,11 +249,11 @@ class Artifact:
             ArtifactError: an altered file, or a target that disagrees.
         """
         _verify_files(self.folder, self.manifest)
-        program = self.program
-        draws = parity.draw(program, examples=examples)
+        program = self._read(shapes=True)
+        draws = parity.Draws(program, examples=examples)
         rows: list[parity.ParityRow] = []
         for name in self.targets:
-            rows += parity.check_target(name, self._load(name), program, draws)
+            rows += parity.check_target(name, self._load(name), program, draws.of(EMITTERS[name].computes))
         return rows
 
     def firing(self, /, *args: Any, **kwargs: Any) -> dict[str, Tensor]:

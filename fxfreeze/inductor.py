@@ -36,7 +36,7 @@ _HEIGHT = 2
 def prepare(program: Program) -> None:
     """Put layers that read integers into those forms; `program` is changed."""
     for node in list(program.graph.nodes):
-        if node.target in _LAYERS and _reads_integers(node):
+        if node.target in _LAYERS and reads_integers(node):
             _spread(program, node)
             if node.target in _TWO_DIMS:
                 _widen(program, node)
@@ -49,7 +49,8 @@ def prepare(program: Program) -> None:
     program.sweep()
 
 
-def _reads_integers(layer: Node) -> bool:
+def reads_integers(layer: Node) -> bool:
+    """Whether the layer multiplies integers of an activation with a constant of integers, as a program writes it."""
     value, weight = layer.args[:2]
     if not (isinstance(value, Node) and isinstance(weight, Node) and value.target is weight.target is DEQUANTIZE.op):
         return False
@@ -139,4 +140,4 @@ def _is_behind_layer(node: Node) -> bool:
     operand: Any = node
     while operand.target not in _LAYERS and len(read := tensors(operand)) == 1:
         (operand,) = read
-    return operand is not node and operand.target in _LAYERS and _reads_integers(operand)
+    return operand is not node and operand.target in _LAYERS and reads_integers(operand)

@@ -30,6 +30,7 @@ from .inductor import prepare
 from .kernels.dequantize import KERNEL as DEQUANTIZE
 from .kernels.quantize import KERNEL as QUANTIZE
 from .kernels.tversky_integer import KERNEL as HEAD
+from .postops import with_post_ops
 from .program import Program, integer_layers, on_cpu
 
 _HOMES = ("torch._inductor.fx_passes.quantization", "torchao.quantization.pt2e.inductor_passes.x86")
@@ -45,8 +46,14 @@ def has_integers(program: Program) -> bool:
     return on_cpu(program.inputs) and any(node.target is QUANTIZE.op for node in program.graph.nodes)
 
 
+def computed(program: Program) -> Program:
+    """What these targets compute of `program`: on a CPU they round less often than it says; see :mod:`.postops`."""
+    return with_post_ops(program) if has_integers(program) else program
+
+
 def with_integers(program: Program) -> Program:
-    """A copy in which what is quantized per tensor, or by constants per channel, is so by torch's operators.
+    """A copy of what is :func:`computed`; what is quantized per tensor, or by constants per channel, is so by torch's
+    operators.
 
     Raises:
         MissingDependencyError: torchao is not installed, and there are layers for its patterns.
@@ -54,7 +61,7 @@ def with_integers(program: Program) -> Program:
     importlib.import_module("torch.ao.quantization.fx._decomposed")  # defines the operators
     if any(node.target is DEQUANTIZE.op for node in program.graph.nodes):
         _register_patterns()
-    program = program.clone()
+    program = computed(program).clone()
     prepare(program)
     for node in list(program.graph.nodes):
         if node.target is QUANTIZE.op and node.args[0].meta["val"].dim() > 2 and _multiplied(node):

@@ -131,6 +131,46 @@ def draw(
     return draws
 
 
+class Draws:
+    """The draws of a program, and of whatever its targets compute of it instead.
+
+    Args:
+        program, reference, source, examples: see :func:`draw`, for the program itself. The eager torch of anything else
+            is of what that makes of `source`, or of `program`.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        reference: Flat | None = None,
+        *,
+        source: Program | None = None,
+        examples: Sequence[Tensor] | None = None,
+    ) -> None:
+        self._program, self._source, self._examples = program, source, examples
+        self._reference = reference
+        self._found: dict[Callable[[Program], Program] | None, list[Draw]] = {}
+
+    def of(self, computes: Callable[[Program], Program] | None = None) -> list[Draw]:
+        """The draws of `computes(program)`; None: of the program itself.
+
+        Raises:
+            EmitError: as :func:`draw`.
+        """
+        if computes not in self._found:
+            self._found[computes] = self._draw(computes)
+        return self._found[computes]
+
+    def _draw(self, computes: Callable[[Program], Program] | None) -> list[Draw]:
+        if computes is None:
+            return draw(self._program, self._reference, source=self._source, examples=self._examples)
+        program = computes(self._program)
+        if program is self._program:
+            return self.of()
+        source = computes(self._source or self._program)
+        return draw(program, source.run, source=source, examples=self._examples)
+
+
 def check_target(name: str, runner: Flat, program: Program, draws: Sequence[Draw]) -> list[ParityRow]:
     """Call `runner` on every draw and compare; the rows say everything, and are all ok when this returns.
 

@@ -12,7 +12,7 @@ from torch import nn
 from fxfreeze import Input, Plan
 from fxfreeze.capture import capture
 from fxfreeze.errors import EmitError
-from fxfreeze.parity import MODEL, check_model, check_target, compare, draw, floor
+from fxfreeze.parity import MODEL, Draws, check_model, check_target, compare, draw, floor
 
 
 class Net(nn.Module):
@@ -60,6 +60,26 @@ MUTANTS = {
     "a bool flipped": (lambda a, b, c: (a, b, c ^ (a == a.max())), "output_2"),
     "an output short": (lambda a, b, c: (a, b), "2 outputs of 3"),
 }
+
+
+def test_a_target_is_held_to_what_it_computes_of_the_program(net):
+    program, flat, _ = net
+
+    def computes(found):
+        other = found.clone()
+        for node in [node for node in other.graph.nodes if "relu" in str(node.target)]:
+            node.target = torch.ops.aten.tanh.default
+        return other
+
+    draws, other = Draws(program, flat), computes(program)
+    check_target("eager", program.run, program, draws.of())
+    check_target("other", other.run, program, draws.of(computes))
+    assert draws.of(computes) is draws.of(computes) is not draws.of()
+    assert draws.of(lambda found: found) is draws.of()
+    with pytest.raises(EmitError, match="other"):
+        check_target("other", other.run, program, draws.of())
+    with pytest.raises(EmitError, match="eager"):
+        check_target("eager", program.run, program, draws.of(computes))
 
 
 @pytest.mark.parametrize("mutant", MUTANTS)

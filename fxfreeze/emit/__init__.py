@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .. import integers
 from ..lower import Lowering
+from ..program import Program
 from ..serialize import Interface
 from . import aoti, onnx, torch_compile
 from .runner import Runner, on_huge_pages
@@ -25,15 +27,20 @@ PROGRAM = "program"
 
 @dataclass(frozen=True)
 class Target:
-    """One way to run a Program: the folder its files are in, how they are written and how they are run."""
+    """One way to run a Program: the folder its files are in, how they are written and how they are run.
+
+    Attributes:
+        computes: the Program → what this target runs, which is another function where it rounds elsewhere.
+    """
 
     folder: str
     emit: Callable[[Lowering, Path], dict[str, Any]]
     load: Callable[[Path, Interface], Runner]
+    computes: Callable[[Program], Program] = lambda program: program
 
 
 EMITTERS: Mapping[str, Target] = {
-    "torch": Target(PROGRAM, torch_compile.emit, torch_compile.load),
-    "aoti": Target("aoti", aoti.emit, aoti.load),
+    "torch": Target(PROGRAM, torch_compile.emit, torch_compile.load, integers.computed),
+    "aoti": Target("aoti", aoti.emit, aoti.load, integers.computed),
     "onnx": Target("onnx", onnx.emit, onnx.load),
 }

@@ -35,8 +35,9 @@ class QuantizeStatic(Pass):
 
     Inputs are uint8 with one scale and zero point, weights int8 with a scale per output feature and 0 in the middle. A
     convolution's result is quantized too, behind the ReLU where one follows: integer kernels of convolutions give
-    integers. Sums of such results read the same integers. The bias takes over the mean of what rounding adds, and
-    is moved to the grid of the integer product, scale of x · scale of w, on which runtimes store it.
+    integers. Sums of such results read the same integers; torch and aoti then round once (:mod:`fxfreeze.postops`). The
+    bias takes over the mean of what rounding adds, and is moved to the grid of the integer product, scale of x · scale
+    of w, on which runtimes store it.
     """
 
     name, stage, exact = "quantize_static", "quantize", False

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+import zipfile
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -9,9 +12,11 @@ from torch.nn import functional as F
 
 import fxfreeze as fz
 from fxfreeze.capture import capture
+from fxfreeze.emit import EMITTERS
 from fxfreeze.integers import executed, has_integers, with_integers
 from fxfreeze.kernels._op import OPS
 from fxfreeze.lower import Lowering
+from fxfreeze.postops import with_post_ops
 from fxfreeze.program import INTEGERS, IntegerSite, Program
 from fxfreeze.serialize import load_program
 
@@ -75,17 +80,29 @@ def test_scales_that_are_constants_become_numbers(lowering: Lowering, program: P
     torch.testing.assert_close(changed.run(x)[0], program.run(x)[0], rtol=1e-5, atol=1e-5)
 
 
+class Residual(nn.Module):
+    """Two sums of which a convolution makes one operand, and an activation beside ReLU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 16, 3, padding=1)
+        self.c, self.d = nn.Conv2d(16, 16, 1), nn.Conv2d(16, 16, 3, padding=1)
+        self.fc = nn.Linear(16, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.hardswish(self.a(x))
+        x = F.relu(self.b(x) + self.c(x))
+        x = F.relu(x + self.d(F.relu(self.c(x))))
+        return self.fc(x.mean((2, 3)))
+
+
 @pytest.fixture(scope="module")
 def artifact() -> fz.Artifact:
     """Quantized by the compiler itself; building it fails where a layer would be computed in floats."""
     pytest.importorskip("torchao", reason="needs fxfreeze[int8]")
     torch.manual_seed(0)
-    net = nn.Sequential(
-        nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 16, 3, padding=1), nn.ReLU(),
-        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 10),
-    ).eval()  # fmt: skip
-    plan = fz.Plan([fz.Input("x", ("batch", 3, 8, 8))], [fz.Quantize()], ["torch", "aoti"])
-    return fz.compile(net, plan, calibration=[torch.randn(32, 3, 8, 8)])
+    plan = fz.Plan([fz.Input("x", ("batch", 3, 8, 8))], [fz.Quantize()], ["torch", "aoti", "onnx"])
+    return fz.compile(Residual().eval(), plan, calibration=[torch.randn(32, 3, 8, 8)])
 
 
 @pytest.mark.slow
@@ -93,8 +110,30 @@ def artifact() -> fz.Artifact:
 def test_every_layer_calls_an_integer_kernel(artifact: fz.Artifact, target: str) -> None:
     rows = [row for row in artifact.manifest["ledger"] if row["executes"].endswith(f"in {target}")]
     assert [(row["site"], row["executes"]) for row in rows] == [
-        (site, f"integer-executed by oneDNN in {target}") for site in ("0", "2", "6")
+        (site, f"integer-executed by oneDNN in {target}") for site in ("a", "b", "c", "c", "d", "fc")
     ]
+
+
+@pytest.mark.slow
+def test_kernels_of_convolutions_add_and_activate_before_they_round(artifact: fz.Artifact) -> None:
+    with zipfile.ZipFile(artifact.folder / "aoti" / "model.pt2") as package:
+        code = "".join(package.read(name).decode() for name in package.namelist() if name.endswith(".wrapper.cpp"))
+    assert len(re.findall(r"aoti_torch_cpu__qconv2d_pointwise_binary\w*\(", code)) == 2
+    assert len(re.findall(r"aoti_torch_cpu__qconv_pointwise\w*\(", code)) == 3
+    assert '"hardswish"' in code
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["torch", "aoti", "onnx"])
+def test_checks_compare_with_what_the_target_computes(artifact: fz.Artifact, target: str) -> None:
+    program, x = load_program(artifact.folder / "program"), torch.randn(64, 3, 8, 8)
+    once = with_post_ops(program)
+    assert once is not program
+    said, other = (once, program) if EMITTERS[target].computes(program) is not program else (program, once)
+    (result,) = artifact.runner(target)(x)
+    near, far = ((result - item.run(x)[0]).abs().mean() for item in (said, other))
+    assert near < far / 3
+    assert (target == "onnx") == (said is program)
 
 
 def test_fewer_calls_than_layers_are_no_proof(lowering: Lowering) -> None:
