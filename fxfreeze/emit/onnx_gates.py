@@ -2,7 +2,9 @@
 
 Its Where picks from each side, with 0 elsewhere, and then merges the two. With ONNX Runtime 1.32, one thread and 64
 rows of 2048 neurons Greater, Mul and Where take 0.57 ms, and with Cast and Mul for Where 0.14; one row takes 8.5 µs,
-and 6.5. The result is the same, bit for bit but for the sign of a 0, as long as values are finite: 0 · ∞ is not 0.
+and 6.5. Between integers it makes a QLinearWhere of them, which takes 6 ns per element: of a MobileNetV3 with gates and
+8 bits a third of the time. The result is the same, bit for bit but for the sign of a 0, as long as values are finite:
+0 · ∞ is not 0.
 """
 
 from __future__ import annotations
@@ -28,9 +30,18 @@ def _is_gate(where: Any) -> bool:
     greater = where.inputs[0].producer()
     if greater is None or greater.op_type != "Greater" or not is_zero(where.inputs[2]):
         return False
-    kept, score = where.inputs[1], greater.inputs[0]
-    alike = kept.shape is not None and where.outputs[0].shape == kept.shape  # else it would be broadcast twice
-    return alike and kept.dtype == onnx_ir.DataType.FLOAT and bool(_behind(kept) & _behind(score))
+    kept, score, noted = where.inputs[1], greater.inputs[0], _noted(where.inputs[1])
+    alike = noted.shape is not None and where.outputs[0].shape == noted.shape  # else it would be broadcast twice
+    return alike and noted.dtype == onnx_ir.DataType.FLOAT and bool(_behind(kept) & _behind(score))
+
+
+def _noted(value: Any) -> Any:
+    """The value, or the floats whose integers it was read from: conversions carry no notes of shape and type."""
+    for kind in ("DequantizeLinear", "QuantizeLinear"):
+        node = value.producer()
+        if value.shape is None and node is not None and node.op_type == kind:
+            value = node.inputs[0]
+    return value
 
 
 def _behind(value: Any) -> set[int]:
@@ -47,6 +58,7 @@ def _behind(value: Any) -> set[int]:
 
 def _as_product(graph: Any, where: Any) -> None:
     compared, kept, _ = where.inputs
-    is_open = insert(graph, where, "Cast", [compared], f"{where.name}.open", kept, to=int(kept.dtype))
+    floats = where.outputs[0]
+    is_open = insert(graph, where, "Cast", [compared], f"{where.name}.open", floats, to=int(floats.dtype))
     is_open.shape = compared.shape
     replace(graph, where, "Mul", [kept, is_open], where.name)

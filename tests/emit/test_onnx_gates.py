@@ -10,6 +10,7 @@ from onnx_text import Array, changed, kinds, parsed, result
 
 import fxfreeze as fz
 from fxfreeze.emit.onnx_gates import multiply
+from fxfreeze.emit.onnx_quantized import shape_for_runtime
 
 C = 8
 
@@ -21,9 +22,11 @@ def model(*lines: str, kind: str = "float") -> onnx.ModelProto:
     rng = numpy.random.default_rng(0)
     dtype = "float32" if kind == "float" else kind
     stored = {"t": rng.standard_normal((1, C)), "g": rng.standard_normal((1, C)), "zero": 0.0, "one": 1.0}
+    given = {name: numpy.array(value, dtype) for name, value in stored.items()}
+    given |= {"step": numpy.array(0.01, "float32"), "offset": numpy.array(3, "uint8")}
     return parsed(
         f"net ({kind}[N, {C}] x, {kind}[N, {C}] z) => ({kind}[] y) {{ {' '.join(lines)} }}",
-        {name: numpy.array(value, dtype) for name, value in stored.items()},
+        given,
     )
 
 
@@ -69,6 +72,24 @@ def test_a_gate_is_a_product_that_gives_the_same(lines: tuple[str, ...]) -> None
 def test_what_is_no_gate_stays(lines: tuple[str, ...]) -> None:
     before = model(*lines)
     assert kinds(after(before)) == kinds(before)
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        ("open = Greater(d, t)", "y = Where(open, d, zero)"),
+        ("open = Greater(d, t)", "v = Mul(d, g)", "y = Where(open, v, zero)"),
+    ],
+)
+def test_a_gate_of_what_was_read_from_integers_is_a_product(lines: tuple[str, ...]) -> None:
+    """Its conversions say nothing of their shapes and types by then."""
+    read = "h = Relu(x)", "q = QuantizeLinear(h, step, offset)", "d = DequantizeLinear(q, step, offset)"
+    before = model(*read, *lines)
+    found = changed(before, lambda graph: (shape_for_runtime(graph), multiply(graph)))
+    assert kinds(found) == [*kinds(before)[:-1], "Cast", "Mul"]
+    x = numpy.random.default_rng(1).standard_normal((6, C)).astype("float32")
+    want = run(before, x)
+    assert numpy.array_equal(run(found, x), want) and 0.1 < (want == 0).mean() < 0.9
 
 
 def test_a_gate_in_float64_stays() -> None:
