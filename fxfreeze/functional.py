@@ -116,12 +116,13 @@ def _twin(target: Any) -> Any | None:
     return overload if same and written[0] is target._schema.arguments[0] else None
 
 
-def _family(target: Node) -> set[Node]:
-    """Nodes that may share memory with `target`, itself included."""
+def _family(target: Node, write: Node) -> set[Node]:
+    """Nodes that may share memory with `target`, itself included, but for `write` and what is made of its result: that
+    shares the memory of its functional twin, and what is written there later is looked at then."""
     family, frontier = {target}, [target]
     while frontier:
         node = frontier.pop()
-        relatives = {*_aliased(node), *(user for user in node.users if node in _aliased(user))} - family
+        relatives = {*_aliased(node), *(user for user in node.users if node in _aliased(user))} - family - {write}
         family |= relatives
         frontier.extend(relatives)
     return family
@@ -133,7 +134,7 @@ def _live_alias(target: Node, write: Node, order: dict[Node, int]) -> Node | Non
     Raises:
         CaptureError: one of them is a constant of the model.
     """
-    family = _family(target) - {write}
+    family = _family(target, write)
     for node in family:
         if node.op == "get_attr":
             raise CaptureError(
