@@ -134,17 +134,16 @@ def export(
     """
     sizes = tracing_sizes(program.inputs, program.dims, None)
     inputs = sample_inputs(program, sizes, seed=0, examples=examples)
-    module = program.graph_module()
+    module, table = program.graph_module(), references() if table is None else table
     for node in module.graph.nodes:
         # Lines of the user's source would otherwise end up, with their paths, in the files a target writes.
         node.meta.pop("stack_trace", None)
+        # Traced through, which spares torch's own way to decompose: that traces the whole of the graph once more.
+        node.target = table.get(node.target, node.target)
+    module.recompile()
     try:
         with torch.no_grad(), quiet():
             exported = _export(module, tuple(inputs), dynamic_shapes(program.inputs, program.dims))
-            table = references() if table is None else table
-            present = {node.target for node in exported.graph.nodes} & set(table)
-            if present:
-                exported = exported.run_decompositions({op: table[op] for op in present})
     except Exception as error:
         raise emit_error("the rewritten program cannot be exported", error) from error
     return exported
