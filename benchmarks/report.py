@@ -13,6 +13,8 @@ from .harness import record, stats, table
 
 Row = dict[str, Any]
 OURS = "fxfreeze"
+SUITES = ("networks", "scale")
+"""Benchmarks that are told side by side; a file of one for another kind of machine has that behind its name."""
 FILE = record.ROOT / "benchmarks" / "RESULTS.md"
 HEAD = """# Results
 
@@ -112,7 +114,7 @@ def text(folder: Path = record.RESULTS) -> str:
     """All of RESULTS.md."""
     files = {path: _lines(path) for path in sorted(folder.glob("*.jsonl"))}
     tables = {path: record.read(path) for path, lines in files.items() if lines and "case" in lines[0]}
-    suites = {path: rows for path, rows in tables.items() if duels(rows) and path.stem in ("networks", "scale")}
+    suites = {path: rows for path, rows in tables.items() if duels(rows) and path.stem.split("_")[0] in SUITES}
     parts = [HEAD]
     parts += [f"## {path.stem}, side by side\n\n{side_by_side(rows)}" for path, rows in suites.items()]
     for path, lines in files.items():

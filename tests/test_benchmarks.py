@@ -887,6 +887,16 @@ def test_the_results_are_those_of_the_files(tmp_path: Path) -> None:
     assert f"## run\n\n![]({tmp_path.name}/run.svg)\n\n| run |" in told and "| a run | yes | now | `do` |" in told
 
 
+def test_suites_are_told_side_by_side_machine_by_machine(tmp_path: Path) -> None:
+    for name in ("scale", "scale_avx2", "scaled"):
+        rows = latency_rows("case", ort=[2.0] * 5, fxfreeze_onnx=[1.0] * 5)
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    told = report.text(tmp_path)
+    assert [line for line in told.splitlines() if line.endswith("side by side")] == [
+        "## scale, side by side", "## scale_avx2, side by side"
+    ]  # fmt: skip
+
+
 # ---- git
 
 
