@@ -240,7 +240,7 @@ class Artifact:
         return banks.closed(load_program(self.folder / PROGRAM, shapes=shapes), self.interface, self._shelf.values)
 
     def check(self, examples: Sequence[Tensor] | None = None) -> list[parity.ParityRow]:
-        """Hash the files and compare every target, loaded anew, with the stored program in float64.
+        """Hash the files and compare every target, loaded anew, with what it computes of the program, in float64.
 
         Args:
             examples: flat tensors to use instead of random ones; needed where compiling needed them.

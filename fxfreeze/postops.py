@@ -35,13 +35,19 @@ def with_post_ops(program: Program) -> Program:
         if node.target is aten.add.Tensor:
             found += _add_unrounded(changed, node)
         elif node.target in _ACTIVATIONS and _is_rounded(node):
-            layer = _layer(node.args[0], node)
-            found += layer is not None
-            node.args = (layer or node.args[0],)
+            found += _activate_unrounded(node)
     if not found:
         return program
     changed.sweep()
     return changed
+
+
+def _activate_unrounded(activation: Node) -> bool:
+    """Whether its operand was a convolution's, and is now as it was before it was rounded."""
+    layer = _layer(activation.args[0], activation)
+    if layer is not None:
+        activation.args = (layer,)
+    return layer is not None
 
 
 def _add_unrounded(program: Program, total: Node) -> bool:
@@ -60,7 +66,7 @@ def _add_unrounded(program: Program, total: Node) -> bool:
     return False
 
 
-def _layer(floats: Node, reader: Node) -> Node | None:
+def _layer(floats: Any, reader: Node) -> Node | None:
     """The convolution on integers whose rounded result `floats` is, where `reader` alone reads it."""
     if not _from_grid(floats):
         return None

@@ -22,7 +22,7 @@ from .runner import Runner, on_huge_pages
 __all__ = ["EMITTERS", "PROGRAM", "Runner", "Target", "on_huge_pages"]
 
 PROGRAM = "program"
-"""Folder of the Program itself: the torch target runs it, and every check compares with it."""
+"""Folder of the Program itself: the torch target runs it, and checks compare with what each target computes of it."""
 
 
 @dataclass(frozen=True)
