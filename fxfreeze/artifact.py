@@ -129,7 +129,7 @@ class Artifact:
                     _refuse_16_bits(EmitError)
                 say("running the model")
                 rows = parity.check_model(program, draws.of()) if exact and reference is not None else []
-                for name in plan.targets:
+                for name in plan.targets:  # a model that does not run says so before anything is built
                     draws.of(EMITTERS[name].computes)
             if evaluate is not None:
                 say("evaluating the model")

@@ -30,7 +30,7 @@ from .inductor import prepare
 from .kernels.dequantize import KERNEL as DEQUANTIZE
 from .kernels.quantize import KERNEL as QUANTIZE
 from .kernels.tversky_integer import KERNEL as HEAD
-from .postops import with_post_ops
+from .postops import take_post_ops, with_post_ops
 from .program import Program, integer_layers, on_cpu
 
 _HOMES = ("torch._inductor.fx_passes.quantization", "torchao.quantization.pt2e.inductor_passes.x86")
@@ -61,7 +61,8 @@ def with_integers(program: Program) -> Program:
     importlib.import_module("torch.ao.quantization.fx._decomposed")  # defines the operators
     if any(node.target is DEQUANTIZE.op for node in program.graph.nodes):
         _register_patterns()
-    program = computed(program).clone()
+    program = program.clone()
+    take_post_ops(program)  # as in what is computed, without a copy more
     prepare(program)
     for node in list(program.graph.nodes):
         if node.target is QUANTIZE.op and node.args[0].meta["val"].dim() > 2 and _multiplied(node):

@@ -134,7 +134,8 @@ def export(
     """
     sizes = tracing_sizes(program.inputs, program.dims, None)
     inputs = sample_inputs(program, sizes, seed=0, examples=examples)
-    module, table = program.graph_module(), references() if table is None else table
+    table = references() if table is None else table
+    module = program.graph_module()
     for node in module.graph.nodes:
         # Lines of the user's source would otherwise end up, with their paths, in the files a target writes.
         node.meta.pop("stack_trace", None)

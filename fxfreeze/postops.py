@@ -30,16 +30,19 @@ _ACTIVATIONS = frozenset({aten.hardswish.default, aten.silu.default})
 def with_post_ops(program: Program) -> Program:
     """A copy that rounds behind the post-ops of its convolutions, or `program` itself where there are none."""
     changed = program.clone()
+    return changed if take_post_ops(changed) else program
+
+
+def take_post_ops(program: Program) -> int:
+    """Round behind the post-ops of convolutions; `program` is changed. How many roundings that leaves out."""
     found = 0
-    for node in list(changed.graph.nodes):
+    for node in list(program.graph.nodes):
         if node.target is aten.add.Tensor:
-            found += _add_unrounded(changed, node)
+            found += _add_unrounded(program, node)
         elif node.target in _ACTIVATIONS and _is_rounded(node):
             found += _activate_unrounded(node)
-    if not found:
-        return program
-    changed.sweep()
-    return changed
+    program.sweep()
+    return found
 
 
 def _activate_unrounded(activation: Node) -> bool:

@@ -279,19 +279,15 @@ RETRACED = ["slice", "view", "alias later", "view of a result", "write to a view
 
 
 @pytest.mark.parametrize("kind", [*SWAPPED, *RETRACED, "dropout"])
-def test_in_place_operators_become_functional_with_the_same_meaning(kind: str):
-    program, flat = capture(InPlace(kind), plan_of("batch", 4))
-    program.verify()  # refuses every operator that writes
-    agree(program, flat, batch=3)
-
-
-@pytest.mark.parametrize("kind", [*SWAPPED, *RETRACED])
-def test_writes_that_nobody_else_sees_take_no_second_trace(kind: str, monkeypatch: pytest.MonkeyPatch):
+def test_in_place_operators_become_functional_with_the_same_meaning(kind: str, monkeypatch: pytest.MonkeyPatch):
     traced = []
     again = ExportedProgram.run_decompositions
     monkeypatch.setattr(ExportedProgram, "run_decompositions", lambda *given: traced.append(kind) or again(*given))
-    capture(InPlace(kind), plan_of("batch", 4))
-    assert bool(traced) == (kind in RETRACED)
+    program, flat = capture(InPlace(kind), plan_of("batch", 4))
+    program.verify()  # refuses every operator that writes
+    agree(program, flat, batch=3)
+    # Writes that nobody else sees take no second trace; what a dropout is does hang on torch.
+    assert kind == "dropout" or bool(traced) == (kind in RETRACED)
 
 
 def test_a_dropout_that_drops_is_no_alias():
