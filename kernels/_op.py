@@ -170,7 +170,7 @@ def _register_native(name: str, native: Native) -> None:
             raise RuntimeError(f"{NAMESPACE}::{name}: {native.source} is not built")
         return native.run(library, *args, **kwargs)
 
-    _library.define(name + native.schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides))
+    _library.define(name + native.schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_contiguous_strides))
     _library.impl(name, run, "CPU")
     torch.library.register_fake(f"{NAMESPACE}::{name}", native.fake, lib=_library)
 

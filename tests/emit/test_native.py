@@ -15,6 +15,7 @@ from fxfreeze.capture import capture
 from fxfreeze.emit import aoti
 from fxfreeze.kernels._op import OPS
 from fxfreeze.kernels.block_sparse import compress
+from fxfreeze.kernels.winograd import TILES, pack
 from fxfreeze.lower import Lowering, shims
 
 KERNEL = OPS["tversky_frozen"]
@@ -49,12 +50,29 @@ class Gated(Head):
         self.register_buffer("bias", torch.randn(50))
         for name, value in zip(("tiles", "crow", "col"), compress(torch.randn(50, 6).triu(-15), 4, 16)):
             self.register_buffer(name, value)
+        for name, size in (("window", (20, 6, 3, 3)), ("plane", (6, 9, 7)), ("shift", (20,))):
+            self.register_buffer(name, torch.randn(size))
+        for tile in TILES:
+            self.register_buffer(f"filters{tile}", pack(self.window, tile))
+
+    def convolutions(self, x):
+        """Of planes; in tiles of both sizes, the second behind the first."""
+        planes = x[:, :, None, None] * self.plane
+        how = {"out_channels": 20, "padding": [1, 1]}
+        first = torch.ops.fxfreeze.winograd(planes, self.filters2, self.shift, None, tile=2, relu=True, **how)
+        return torch.ops.fxfreeze.winograd(planes, self.filters4, None, first, tile=4, **how)
 
     def forward(self, x):
         h = x.relu()
         finite = torch.ops.fxfreeze.sparse_down(h, self.down, self.bias, crossover=0.5)
         tiled = torch.ops.fxfreeze.block_sparse(x, self.tiles, self.crow, self.col, self.bias, out_features=50)
-        return super().forward(x), finite, tiled, torch.ops.fxfreeze.sparse_down(h, self.infinite, crossover=0.5)
+        return (
+            super().forward(x),
+            finite,
+            tiled,
+            self.convolutions(x),
+            torch.ops.fxfreeze.sparse_down(h, self.infinite, crossover=0.5),
+        )
 
 
 def lowered(largest=8, shape=("n", 6), model=Head, **kind):
@@ -98,7 +116,9 @@ def test_without_such_an_operator_there_is_one_export():
 def test_sparse_products_are_kept_where_they_serve():
     lowering = lowered(model=Gated)
     down, tiled = OPS["sparse_down"], OPS["block_sparse"]
-    assert set(shims(lowering.native)) == {KERNEL.native_op, down.native_op, tiled.native_op}
+    windows = OPS["winograd"]
+    assert set(shims(lowering.native)) == {kernel.native_op for kernel in (KERNEL, down, tiled, windows)}
+    assert ours(lowering.native).count(str(windows.native_op)) == 2
     assert ours(lowering.native).count(str(down.native_op)) == 2
     assert ours(lowering.native).count(str(tiled.native_op)) == 1
     assert ours(lowering.exported) == []
@@ -119,11 +139,11 @@ def test_a_package_runs_without_us(tmp_path):
         inputs, want = torch.load("cases.pt")
         model = torch._inductor.aoti_load_package("model.pt2")
         found = [model(x) for x in inputs]
-        pairs = [(one, other) for ours, theirs in zip(found, want) for one, other in zip(ours[:3], theirs)]
+        pairs = [(one, other) for ours, theirs in zip(found, want) for one, other in zip(ours[:4], theirs)]
         print(max(float((one - other).abs().max() / other.abs().max()) for one, other in pairs))
-        print(*(int(row[3].isfinite().all()) - int(row[3].isnan().all()) for row in found), sep=",")
+        print(*(int(row[4].isfinite().all()) - int(row[4].isnan().all()) for row in found), sep=",")
         print(any(name.startswith("fxfreeze") and sys.modules[name] for name in sys.modules))
-        for name in ("tversky_frozen_native", "sparse_down_native", "block_sparse_native"):
+        for name in ("tversky_frozen_native", "sparse_down_native", "block_sparse_native", "winograd_native"):
             assert not hasattr(torch.ops.fxfreeze, name)
     """)
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
