@@ -289,7 +289,7 @@ ALL: Mapping[str, Case] = {
     case.name: case
     for case in (
         *_cases("ResNet", "blocks.0.conv*", "bare", "LoRA folded", "LoRA selected", "gates", "Tversky head", "ticket",
-                "channels", "int8", "all", onnx=["bare", "int8"]),
+                "channels", "int8", "all", onnx=["bare", "int8"], inductor=["bare"]),
         *_cases("transformer", "blocks.*", "bare", "LoRA folded", "LoRA selected", "gates", "Tversky head", "ticket",
                 "channels", "int8", "int4 weights", "all", onnx=["bare", "LoRA selected", "all"], inductor=["bare"]),
         *_cases("GPT-2", "blocks.*", "bare", "LoRA folded", "gates", "int4 weights", "all", onnx=["int4 weights"]),

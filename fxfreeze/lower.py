@@ -26,6 +26,7 @@ from .launched import has_scaled, with_scaled
 from .packed import has_packed, with_packed
 from .program import Program, is_effectful
 from .sampling import sample_inputs, tracing_sizes
+from .winograd import has_windows, with_winograd
 
 _KERNELS = "fxfreeze.kernels._op"
 
@@ -55,14 +56,16 @@ class Lowering:
     def native(self) -> ExportedProgram:
         """As `exported`, with the C++ form of operators of ours where it supports the arguments, torch's own where they
         quantize, and weights that are read as integers; for AOTInductor."""
-        table, quantized = natives(), has_integers(self.program)
+        table, quantized, windows = natives(), has_integers(self.program), has_windows(self.program)
         program = with_packed(self.program, launches=False) if has_packed(self.program) else self.program
         program = with_scaled(program) if has_scaled(program) else program
-        if not quantized and program is self.program and not any(node.target in table for node in program.graph.nodes):
+        changed = quantized or windows or program is not self.program
+        if not changed and not any(node.target in table for node in program.graph.nodes):
             return self.exported
         program = with_integers(program) if quantized else program
+        program = with_winograd(program) if windows else program
         exported = export(program, table=references() | table, examples=self.examples)
-        return exported if quantized or program is not self.program or shims(exported) else self.exported
+        return exported if changed or shims(exported) else self.exported
 
     @cached_property
     def quantized(self) -> ExportedProgram:

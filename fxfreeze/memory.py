@@ -1,10 +1,12 @@
-"""Memory that was freed goes back to the system; memory that stays moves to huge pages."""
+"""Memory that was freed goes back to the system, or stays for the next call; memory in use moves to huge pages."""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import mmap
+import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,6 +15,13 @@ _COLLAPSE = 25
 """MADV_COLLAPSE of linux/mman.h; Linux has it since 6.1."""
 _SETTINGS = Path("/sys/kernel/mm/transparent_hugepage")
 _MAPS = Path("/proc/self/maps")
+_THRESHOLDS = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_")
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+"""Of malloc.h."""
+_LARGEST = 32 << 20
+"""glibc takes no larger threshold; blocks above it are mapped, and go back when they are freed."""
+KEPT = 256 << 20
+"""Bytes of free memory that a process may hold."""
 PATIENCE = 2.0
 """Seconds that moving may take."""
 
@@ -25,6 +34,23 @@ def return_free_memory() -> None:
     """
     with contextlib.suppress(AttributeError, OSError, TypeError):  # another C library
         ctypes.CDLL(None).malloc_trim(0)
+
+
+@functools.cache
+def keep_free_memory() -> None:
+    """Let the C library keep what is freed, up to :data:`KEPT`, for what is allocated next; for this process, for good.
+
+    For targets that allocate their activations in every call. Left to itself, glibc hands the end of its heap back to
+    the system after a call, or not, as things happen to lie, and the next call gets it page by page, zeroed: of a
+    ResNet-20 at 64 images 3,400 pages per call, 43 ms in the place of 33. ONNX Runtime keeps its memory, too.
+    :func:`return_free_memory` still returns it. Where the environment says what glibc shall do, that stands.
+    """
+    if "glibc.malloc" in os.environ.get("GLIBC_TUNABLES", "") or any(name in os.environ for name in _THRESHOLDS):
+        return
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # another C library
+        libc = ctypes.CDLL(None)
+        libc.mallopt(_M_MMAP_THRESHOLD, _LARGEST)
+        libc.mallopt(_M_TRIM_THRESHOLD, KEPT)
 
 
 def huge_pages_from_here() -> Callable[[], None]:

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+import os
 import re
+import subprocess
+import sys
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -188,3 +192,38 @@ def test_nothing_where_nobody_wants_huge_pages(monkeypatch: pytest.MonkeyPatch, 
 def test_nothing_on_another_system(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(memory, "_SETTINGS", tmp_path / "absent")
     memory.huge_pages_from_here()()
+
+
+FAULTS = """
+    import os, resource, torch
+    from fxfreeze.memory import keep_free_memory
+
+    def call():
+        values = [torch.empty(2**20).fill_(1.0) for _ in range(8)]  # 4 MiB each: 8192 pages in all
+
+    def faults():
+        call()
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        for _ in range(10):
+            call()
+        return (resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) // 10
+
+    left_alone = faults()
+    keep_free_memory()
+    print(left_alone, faults())
+"""
+
+
+@pytest.mark.parametrize(
+    "given",
+    [{}, {"MALLOC_TRIM_THRESHOLD_": "1048576"}, {"GLIBC_TUNABLES": "glibc.malloc.tcache_count=7"}],
+    ids=["", "trim", "tunables"],
+)
+def test_what_is_freed_is_there_for_the_next_call(given: dict[str, str]) -> None:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_"))}
+    command = [sys.executable, "-c", textwrap.dedent(FAULTS)]
+    done = subprocess.run(command, env=environment | given, capture_output=True, text=True, check=True)
+    alone, kept = map(int, done.stdout.split())
+    if alone < 500:
+        pytest.skip("this C library keeps freed memory anyway")
+    assert kept > alone // 2 if given else kept < 100

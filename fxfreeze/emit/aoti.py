@@ -26,6 +26,7 @@ from ..errors import ArtifactError
 from ..exporting import quiet
 from ..integers import CALL, HEAD_CALL, count_calls, executed
 from ..lower import Lowering, emit_error, shims
+from ..memory import keep_free_memory
 from ..program import integer_layers, on_cpu
 from ..serialize import Interface
 from .runner import Runner
@@ -64,6 +65,8 @@ def load(folder: Path, interface: Interface) -> Runner:
     """Load the package. Raises ArtifactError when it does not run here (another platform, another torch)."""
     from torch._inductor import aoti_load_package
 
+    if on_cpu(interface.inputs):
+        keep_free_memory()
     try:
         with quiet():
             model: Any = aoti_load_package(str(folder / FILE))

@@ -30,9 +30,11 @@ from ..integers import count_lowered, executed, has_integers, with_integers
 from ..launched import executed as launched
 from ..launched import has_launched, head_calls, with_launched
 from ..lower import Lowering, emit_error
+from ..memory import keep_free_memory
 from ..program import TensorSpec, on_cpu
 from ..sampling import sample_inputs, tracing_sizes
 from ..serialize import Interface, load_program, save_program
+from ..winograd import has_windows, is_built, with_winograd
 
 
 def emit(lowering: Lowering, folder: Path) -> dict[str, Any]:
@@ -54,13 +56,17 @@ def _lowered(lowering: Lowering, folder: Path) -> int:
 
 def load(folder: Path, interface: Interface) -> CompiledProgram:
     """Read the Program; nothing is compiled yet. Raises ArtifactError for files that do not hold one."""
+    if on_cpu(interface.inputs):
+        keep_free_memory()
     program = load_program(folder, shapes=False)
     if has_launched(program):
         return CompiledProgram(with_launched(load_program(folder)).graph_module(), interface)
-    if packed.has_packed(program) or has_integers(program):
+    if (windows := has_windows(program) and is_built()) or packed.has_packed(program) or has_integers(program):
         program = packed.with_packed(load_program(folder))
     if has_integers(program):
         program = with_integers(program)
+    if windows:
+        program = with_winograd(program)
     return CompiledProgram(program.graph_module(), interface)
 
 
