@@ -73,13 +73,12 @@ def rivals(network: Network, variant: Variant) -> tuple[str, ...]:
 
 
 def ours(network: Network, variant: Variant, quick: bool) -> tuple[str, ...]:
-    """ONNX Runtime, and what may be faster: AOTInductor's packages for convolutions on integers, and where one row
-    meets gates or a head; torch.compile for large float products with gates between them. On the panel packages in
-    floats, too."""
+    """ONNX Runtime, and what may be faster: AOTInductor's packages for convolutions with windows or on integers, and
+    where one row meets gates or a head; torch.compile for large float products with gates between them."""
     if quick:
         return (ONNX,)
     integers = variant.int8 and network.convolutional
     single = variant in (plans.GATES, plans.TVERSKY) and network.single
-    if integers or single or (variant in (plans.BARE, plans.GATES) and network.panel):
+    if network.windows or integers or single:
         return ONNX, AOTI
     return (ONNX, TORCH) if variant == plans.GATES and network.large and not network.convolutional else (ONNX,)

@@ -63,6 +63,7 @@ class Network:
         calls: how many of the calibration inputs the thresholds are measured on.
         large: it takes long to build, and to call.
         convolutional: its integers are those of convolutions.
+        windows: these have windows of 3×3 over all channels.
         panel: all that compete do so here.
         single: a call is one row of everything.
         tolerance: of floats. Gates and Tversky heads compare with thresholds, and have their own.
@@ -87,6 +88,7 @@ class Network:
     calls: int = 2
     large: bool = False
     convolutional: bool = False
+    windows: bool = False
     panel: bool = False
     single: bool = False
     tolerance: float = 1e-4
@@ -193,7 +195,7 @@ def resnet20(batch: int) -> Network:
     return Network(
         "ResNet-20", models.resnet20, {"x": ("batch", 3, 32, 32)}, images(batch, 3, 32, 32), pictures,
         adapted=("layer*.*.conv*",), gated=("layer*.*.bn1",), fire=0.5, head="linear", hidden=(BASIC,), features=128,
-        batch=f"batch {batch}", convolutional=True, panel=batch > 1,
+        batch=f"batch {batch}", convolutional=True, windows=True, panel=batch > 1,
     )  # fmt: skip
 
 
@@ -216,7 +218,7 @@ def resnet(name: str, seed: int) -> Network:
         name.replace("resnet", "ResNet-"), functools.partial(torchvision, name, seed), {"x": (1, *IMAGE)}, draw,
         repeated(draw, 8), adapted=("layer*.*.conv*",), gated=("layer*.*.bn1",) + ("layer*.*.bn2",) * deep, fire=0.5,
         head="fc", hidden=BOTTLENECK if deep else (BASIC,), large=deep,
-        convolutional=True, rounding=DEEP if deep else 0.25,
+        convolutional=True, windows=True, rounding=DEEP if deep else 0.25,
     )  # fmt: skip
 
 
