@@ -37,7 +37,8 @@ constexpr int BYTES = 16, SUMS = 24, WIDEST = 4;
 constexpr int BYTES = 16, SUMS = 12, WIDEST = 2;
 #endif
 constexpr int64_t LANES = BYTES / sizeof(float);
-// Outputs whose filters lie together; of fewer, whole vectors of 16, the widest that there are.
+// Outputs whose filters lie together, and, within, those of one strip: whole vectors, the widest that there are. What a
+// strip holds is read from start to end, whatever the width of vectors.
 constexpr int64_t BLOCK = 64, WHOLE = 16;
 // Bytes of transformed inputs, and of products with one block of filters, of the tiles that are done together. Fewer
 // tiles than FEWEST would read the filters too often.
@@ -160,9 +161,9 @@ void gather(const Layer& layer, const Tile& tile, const float* zeros, float* edg
 }
 
 struct Operands {
-  const float *values, *filters;  // [tiles, depth] at `stride`, and [depth, width]
+  const float *values, *filters;  // [tiles, depth] at `stride`, and [strips, depth, WHOLE]
   float* sums;                    // [tiles, width]
-  int64_t stride, width, depth;
+  int64_t stride, width, depth, output;  // output: where the vectors begin that are computed
 
   Operands at(int64_t row) const {
     Operands moved = *this;
@@ -170,15 +171,22 @@ struct Operands {
     moved.sums += row * width;
     return moved;
   }
+  const float* filters_of(int64_t vector) const {
+    const int64_t first = output + vector * LANES;
+    return filters + first / WHOLE * WHOLE * depth + first % WHOLE;
+  }
 };
 
 // COUNT tiles times N vectors of outputs.
 template <int COUNT, int N>
 void multiply(const Operands& o) {
   Vec sums[COUNT][N] = {}, values[N];
+  const float* filters[N];
+#pragma GCC unroll 4
+  for (int n = 0; n < N; ++n) filters[n] = o.filters_of(n);
   for (int64_t k = 0; k < o.depth; ++k) {
 #pragma GCC unroll 4
-    for (int n = 0; n < N; ++n) values[n] = load(o.filters + k * o.width + n * LANES);
+    for (int n = 0; n < N; ++n) values[n] = load(filters[n] + k * WHOLE);
 #pragma GCC unroll 32
     for (int i = 0; i < COUNT; ++i) {
       const float x = o.values[i * o.stride + k];
@@ -189,7 +197,7 @@ void multiply(const Operands& o) {
 #pragma GCC unroll 32
   for (int i = 0; i < COUNT; ++i) {
 #pragma GCC unroll 4
-    for (int n = 0; n < N; ++n) store(o.sums + i * o.width + n * LANES, sums[i][n]);
+    for (int n = 0; n < N; ++n) store(o.sums + i * o.width + o.output + n * LANES, sums[i][n]);
   }
 }
 
@@ -203,16 +211,12 @@ void down(const Operands& o, int64_t rows) {
   }
 }
 
-// N vectors of outputs at a time, then half as many, ...; `width` is a number of whole vectors.
+// N vectors of outputs at a time, then half as many, ...; the width is a number of whole vectors.
 template <int N>
-void across(Operands o, int64_t rows, int64_t width) {
-  for (; width >= N * LANES; width -= N * LANES) {
-    down<SUMS / N, N>(o, rows);
-    o.filters += N * LANES;
-    o.sums += N * LANES;
-  }
+void across(Operands o, int64_t rows) {
+  for (; o.output + N * LANES <= o.width; o.output += N * LANES) down<SUMS / N, N>(o, rows);
   if constexpr (N > 1) {
-    if (width > 0) across<N / 2>(o, rows, width);
+    if (o.output < o.width) across<N / 2>(o, rows);
   }
 }
 
@@ -328,8 +332,8 @@ void one_item(const Layer& layer, const Cut& cut, int64_t item, Room<SIZE>& room
     const float* filters = layer.filters + begin * layer.inputs * room.AREA;
     for (int64_t f = 0; f < room.AREA; ++f)
       across<WIDEST>({room.inputs + f * room.inputs_apart, filters + f * layer.inputs * width,
-                      room.sums + f * room.sums_apart, room.depth, width, layer.inputs},
-                     count, width);
+                      room.sums + f * room.sums_apart, room.depth, width, layer.inputs, 0},
+                     count);
     for (int64_t t = 0; t < count; ++t)
       for (int64_t n = 0; n < width && begin + n < layer.outputs; n += LANES)
         transform_outputs<SIZE>(layer, tiles[t], room.sums + t * width + n, room.sums_apart, begin + n);

@@ -38,7 +38,7 @@ TILES = (2, 4)
 BLOCK = 64
 """Outputs whose filters lie together."""
 WHOLE = 16
-"""The widest vector there is has as many float32."""
+"""Those of one strip: the widest vector there is has as many float32."""
 
 
 def transform(tile: int) -> Tensor:
@@ -57,13 +57,14 @@ def transform(tile: int) -> Tensor:
 def pack(weight: Tensor, tile: int) -> Tensor:
     """The filters of a weight [out, in, 3, 3], floating, as the operator reads them: flat, of the weight's dtype.
 
-    Blocks of 64 outputs, the last one filled up with zeros to a multiple of 16, each [(tile + 2)², in, outputs].
+    Blocks of 64 outputs, the last one filled up with zeros to a multiple of 16, each [(tile + 2)², strips, in, 16].
     """
     matrix = transform(tile).to(weight.device)
 
     def block(weight: Tensor) -> Tensor:
         filters = torch.einsum("ai,bj,ocij->abco", matrix, matrix, weight.double()).to(weight.dtype)
-        return pad(filters, (0, -len(weight) % WHOLE)).flatten()
+        strips = pad(filters, (0, -len(weight) % WHOLE)).unflatten(-1, (-1, WHOLE))
+        return strips.flatten(0, 1).transpose(1, 2).flatten()
 
     # Block by block, since it is done in float64, where all of it would be ten times as large as the weight.
     return torch.cat([block(part) for part in weight.split(BLOCK)])
@@ -75,8 +76,8 @@ def dense(filters: Tensor, tile: int, in_channels: int, out_channels: int) -> Te
     area, padded = (tile + WINDOW - 1) ** 2, out_channels + -out_channels % WHOLE
     widths = [min(BLOCK, padded - begin) for begin in range(0, padded, BLOCK)]
     blocks = filters.split([area * in_channels * width for width in widths])
-    shaped = [block.reshape(area, in_channels, width) for block, width in zip(blocks, widths, strict=True)]
-    found = torch.cat(shaped, -1)[..., :out_channels].unflatten(0, (tile + WINDOW - 1, -1))
+    strips = torch.cat([block.reshape(area, -1, in_channels, WHOLE) for block in blocks], 1)
+    found = strips.transpose(1, 2).flatten(2)[..., :out_channels].unflatten(0, (tile + WINDOW - 1, -1))
     return torch.einsum("ia,jb,abco->ocij", inverse, inverse, found.double()).to(filters.dtype)
 
 

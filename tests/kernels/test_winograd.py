@@ -63,17 +63,17 @@ def test_packed_and_back(channels, tile):
 
 
 @pytest.mark.parametrize("tile", TILES)
-def test_filters_lie_in_blocks_of_64_outputs(tile):
+def test_filters_lie_in_blocks_of_64_outputs_and_strips_of_16(tile):
     weight = draw(channels=(5, 100), dtype=torch.float64)[1]
     matrix, area = transform(tile), (tile + 2) ** 2
     first, second = pack(weight, tile).split([area * 5 * 64, area * 5 * 48])
     for block, outputs in ((first, range(64)), (second, range(64, 100))):
-        shaped = block.reshape(area, 5, -1)
+        shaped = block.reshape(area, -1, 5, 16).transpose(1, 2).flatten(2)
         for output in outputs:
             for channel in range(5):
                 found = shaped[:, channel, output - outputs[0]].reshape(tile + 2, tile + 2)
                 torch.testing.assert_close(found, matrix @ weight[output, channel] @ matrix.T)
-    assert not second.reshape(area, 5, 48)[..., 36:].any()
+    assert not second.reshape(area, 3, 5, 16)[:, 2, :, 4:].any()
 
 
 # ---- the function
