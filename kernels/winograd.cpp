@@ -184,9 +184,13 @@ void multiply(const Operands& o) {
   const float* filters[N];
 #pragma GCC unroll 4
   for (int n = 0; n < N; ++n) filters[n] = o.filters_of(n);
+  // What comes next, while these are met by more tiles: filters are too many for a cache.
+  const int64_t ahead = std::max(N * LANES, WHOLE) * o.depth;
   for (int64_t k = 0; k < o.depth; ++k) {
 #pragma GCC unroll 4
     for (int n = 0; n < N; ++n) values[n] = load(filters[n] + k * WHOLE);
+#pragma GCC unroll 4
+    for (int n = 0; n < N; n += WHOLE / LANES) __builtin_prefetch(filters[n] + k * WHOLE + ahead);
 #pragma GCC unroll 32
     for (int i = 0; i < COUNT; ++i) {
       const float x = o.values[i * o.stride + k];
