@@ -52,7 +52,7 @@ inline Vec load(const float* from) { return *reinterpret_cast<const Vec*>(from);
 inline void store(float* to, Vec value) { *reinterpret_cast<Vec*>(to) = value; }
 
 // Polynomials are multiplied through their values at 0, ±√½, ±√2 and infinity. These points lose less to rounding than
-// ±1 and ±2 do. Rows are scaled to have simple factors; those of the filters (`_points` in winograd.py) make up for it.
+// ±1 and ±2 do. Rows are scaled to have simple factors; those of the filters (`transform` in winograd.py) make up for it.
 constexpr float ROOT = 1.41421356237309505f, HALF_ROOT = 0.70710678118654752f;
 
 template <int SIZE>
@@ -103,6 +103,9 @@ struct Layer {
   bool relu;
 };
 
+inline int64_t pieces(int64_t value, int64_t of) { return (value + of - 1) / of; }
+inline int64_t rounded(int64_t value, int64_t to) { return pieces(value, to) * to; }
+
 // Where a tile begins, in outputs.
 struct Tile {
   int64_t image, row, column;
@@ -110,7 +113,7 @@ struct Tile {
 
 template <int SIZE>
 Tile tile_at(const Layer& layer, int64_t index) {
-  const int64_t across = (layer.out_width + SIZE - 1) / SIZE, down = (layer.out_height + SIZE - 1) / SIZE;
+  const int64_t across = pieces(layer.out_width, SIZE), down = pieces(layer.out_height, SIZE);
   return {index / (across * down), index / across % down * SIZE, index % across * SIZE};
 }
 
@@ -145,7 +148,8 @@ void gather(const Layer& layer, const Tile& tile, const float* zeros, float* edg
   const bool inside = row >= 0 && row + WINDOW <= layer.height && column >= 0 && column + WINDOW <= layer.width;
   for (int i = 0; i < WINDOW; ++i)
     for (int j = 0; j < WINDOW; ++j) {
-      const bool within = inside || (row + i >= 0 && row + i < layer.height && column + j >= 0 && column + j < layer.width);
+      const int64_t y = row + i, x = column + j;
+      const bool within = inside || (y >= 0 && y < layer.height && x >= 0 && x < layer.width);
       places[i * WINDOW + j] = within ? layer.x + corner + (i * layer.width + j) * layer.inputs : zeros;
     }
   int64_t channel = 0;
@@ -251,7 +255,8 @@ void transform_outputs(const Layer& layer, const Tile& tile, const float* sums, 
     for (int i = 0; i < SIZE; ++i) half[i][j] = out[i];
   }
   const int64_t count = layer.outputs - output;
-  const int64_t place = ((tile.image * layer.out_height + tile.row) * layer.out_width + tile.column) * layer.outputs + output;
+  const int64_t corner = (tile.image * layer.out_height + tile.row) * layer.out_width + tile.column;
+  const int64_t place = corner * layer.outputs + output;
   const int64_t rows = layer.out_height - tile.row, columns = layer.out_width - tile.column;
   const Vec bias = load_some(layer.bias + output, count);
 #pragma GCC unroll 4
@@ -271,25 +276,23 @@ void transform_outputs(const Layer& layer, const Tile& tile, const float* sums, 
   }
 }
 
-inline int64_t rounded(int64_t value, int64_t to) { return (value + to - 1) / to * to; }
-
 // How the work is cut: tiles that are done together, and parts of the blocks of filters, where tiles are few.
 struct Cut {
   int64_t tiles, together, width, blocks, parts;  // width: outputs of a block, of the widest one
 
-  int64_t items() const { return (tiles + together - 1) / together * parts; }
+  int64_t items() const { return pieces(tiles, together) * parts; }
 };
 
 template <int SIZE>
 Cut cut(const Layer& layer, int64_t threads) {
   constexpr int64_t AREA = Transform<SIZE>::WINDOW * Transform<SIZE>::WINDOW;
-  const int64_t tiles = layer.batch * ((layer.out_height + SIZE - 1) / SIZE) * ((layer.out_width + SIZE - 1) / SIZE);
+  const int64_t tiles = layer.batch * pieces(layer.out_height, SIZE) * pieces(layer.out_width, SIZE);
   const int64_t width = std::min(BLOCK, rounded(layer.outputs, WHOLE));
   const int64_t rows = SUMS / WIDEST, each = AREA * (layer.inputs + width) * sizeof(float);
   int64_t together = std::clamp(ROOM / each / rows * rows, FEWEST, MOST);
-  together = std::min(together, std::max(FEWEST, (tiles + threads - 1) / threads));
-  const int64_t blocks = (layer.outputs + BLOCK - 1) / BLOCK, groups = std::max<int64_t>(1, (tiles + together - 1) / together);
-  return {tiles, together, width, blocks, std::clamp<int64_t>((threads + groups - 1) / groups, 1, blocks)};
+  together = std::min(together, std::max(FEWEST, pieces(tiles, threads)));
+  const int64_t blocks = pieces(layer.outputs, BLOCK), groups = std::max<int64_t>(1, pieces(tiles, together));
+  return {tiles, together, width, blocks, std::clamp<int64_t>(pieces(threads, groups), 1, blocks)};
 }
 
 // What one thread works in: transformed inputs, products, zeros in the place of padding, the edge of the channels. A
@@ -364,7 +367,7 @@ void run(const Layer& layer, int64_t threads) {
 
 // `tile`: outputs of one, 4 or 2. `residual`, of the shape of `out`, is read where `adds` says so. All tensors are dense,
 // with their channels last.
-extern "C" int winograd_conv(void* out, const void* x, const void* filters, const void* bias, const void* residual,
+extern "C" void winograd_conv(void* out, const void* x, const void* filters, const void* bias, const void* residual,
                              int64_t adds, int64_t tile, int64_t batch, int64_t height, int64_t width, int64_t inputs,
                              int64_t outputs, int64_t top, int64_t left, int64_t out_height, int64_t out_width,
                              int64_t relu, int64_t threads) {
@@ -373,7 +376,6 @@ extern "C" int winograd_conv(void* out, const void* x, const void* filters, cons
                                  static_cast<float*>(out), batch, height, width, inputs, outputs, top, left,
                                  out_height, out_width, relu != 0};
   (tile == 4 ? winograd::run<4> : winograd::run<2>)(layer, threads);
-  return 1;
 }
 
 #ifdef FXFREEZE_AOTI

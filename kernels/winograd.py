@@ -103,7 +103,7 @@ def reference(
     Raises:
         ValueError: shapes or dtypes other than the above.
     """
-    fake(x, filters, bias, residual, tile=tile, out_channels=out_channels, padding=padding, relu=relu)
+    _checked(x, filters, bias, residual, tile, out_channels, padding)
     weight = dense(filters, tile, x.shape[1], out_channels)
     y = conv2d(x, weight, bias, padding=list(padding))
     y = y if residual is None else y + residual
@@ -114,6 +114,15 @@ def fake(
     x: Tensor, filters: Tensor, bias: Tensor | None = None, residual: Tensor | None = None, *,
     tile: int, out_channels: int, padding: Sequence[int], relu: bool = False,
 ) -> Tensor:  # fmt: skip
+    result = _checked(x, filters, bias, residual, tile, out_channels, padding)
+    return _channels_last(x.new_empty(result))
+
+
+def _checked(
+    x: Tensor, filters: Tensor, bias: Tensor | None, residual: Tensor | None, tile: int, out_channels: int,
+    padding: Sequence[int],
+) -> tuple[int, ...]:  # fmt: skip
+    """The shape of the result."""
     if x.dim() != 4 or not x.is_floating_point():
         raise ValueError(
             f"winograd: x is {x.dtype} of shape {list(x.shape)}, not floating of [batch, in, height, width]"
@@ -132,7 +141,7 @@ def fake(
             raise ValueError(
                 f"winograd: {what} is {value.dtype} of shape {list(value.shape)}, not {x.dtype} of {list(shape)}"
             )
-    return _channels_last(x.new_empty(result))
+    return result
 
 
 def _channels_last(y: Tensor) -> Tensor:
@@ -161,7 +170,7 @@ def native_apply(
     tile: int, out_channels: int, padding: Sequence[int], relu: bool = False,
 ) -> Tensor:  # fmt: skip
     """As :func:`reference`. A NaN or infinity of `x` shows in all outputs of the tiles that read it."""
-    fake(x, filters, bias, residual, tile=tile, out_channels=out_channels, padding=padding, relu=relu)
+    _checked(x, filters, bias, residual, tile, out_channels, padding)
     bias = filters.new_zeros(out_channels) if bias is None else bias
     # Without a residual something stands in its place that is not read.
     added = bias if residual is None else residual.movedim(1, -1)

@@ -59,6 +59,7 @@ def test_packed_and_back(channels, tile):
     weight = draw(channels=channels, dtype=torch.float64)[1]
     filters = pack(weight, tile)
     assert filters.shape == ((tile + 2) ** 2 * channels[0] * -(-channels[1] // 16) * 16,)
+    # Some roundings of float64: weights are about 1, and one in another's place would be as far off.
     torch.testing.assert_close(dense(filters, tile, *channels), weight, rtol=0, atol=1e-14)
 
 
@@ -150,9 +151,8 @@ def test_a_nan_stays_within_its_tiles_and_is_not_lost_in_a_relu(tile):
 
 
 def test_nothing_is_nothing():
-    for batch, channels in ((0, (20, 24)),):
-        given = draw(batch=batch, channels=channels)
-        assert torch.equal(apply(KERNEL.op, *given).double(), direct(*given))
+    given = draw(batch=0)
+    assert torch.equal(apply(KERNEL.op, *given).double(), direct(*given))
 
 
 def test_float64_is_plain_torch():
