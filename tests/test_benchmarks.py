@@ -254,6 +254,14 @@ def test_the_inner_loop_is_as_long_as_the_target_asks() -> None:
     assert calibrate(clock, lambda: None, 1.0) == 100_000  # a clock that stands still ends the search
 
 
+def test_a_long_call_has_no_other_before_it() -> None:
+    """Two checks, three calls to warm up and one to calibrate, five samples with a call before each, two checks."""
+    clock = FakeClock()
+    found = run(clock, clock.peer("long", lambda n: 0.2), clock.peer("short", lambda n: 0.06))
+    assert (clock.log.count("long"), clock.log.count("short")) == (2 + 1 + 5 + 2, 2 + 3 + 1 + 5 * 2 + 2)
+    assert found["long"].samples == pytest.approx([0.2] * 5) and found["short"].samples == pytest.approx([0.06] * 5)
+
+
 def test_what_can_be_loaded_again_is_between_rounds_and_untimed() -> None:
     """Every load has a speed of its own here, as sessions have by where their memory lies."""
     clock = FakeClock()

@@ -174,8 +174,8 @@ class Runner:
                 if sample is None:
                     continue
                 entry.samples.append(sample)
-                if joules and entry.seat:  # a call more than are timed
-                    entry.joules.append((joules() - before) / (entry.seat.inner + 1))
+                if joules and entry.seat:
+                    entry.joules.append((joules() - before) / (entry.seat.inner + entry.seat.spare))
 
     def _summarise(self, case: Case, entries: list[Entry], noise: dict[str, Any]) -> list[Measurement]:
         base = next(entry.samples for entry in entries if entry.peer.name == case.baseline)

@@ -103,7 +103,7 @@ class Remote:
     def __init__(self, process: Process, index: int, task: Path, known: Future[None]) -> None:
         self.process, self.index, self.task, self.known = process, index, task, known
         self.error: float | None = None
-        self.inner = 1
+        self.inner = self.spare = 1
         self.facts: dict[str, Any] = {}
 
     @property
@@ -127,7 +127,7 @@ class Remote:
 
     def _ask(self, *words: Any) -> Any:
         with self._out():
-            result, self.error, self.inner, self.facts = self.process.ask(*words)
+            result, self.error, self.inner, self.spare, self.facts = self.process.ask(*words)
         return result
 
     @contextlib.contextmanager
@@ -212,7 +212,7 @@ def serve(pipe: Connection) -> None:
         except Exception as error:
             pipe.send(dropped(error, ""))
         else:
-            pipe.send((answer, *((seat.error, seat.inner, seat.facts) if seat else ())))
+            pipe.send((answer, *((seat.error, seat.inner, seat.spare, seat.facts) if seat else ())))
 
 
 def _heard(pipe: Connection) -> Iterator[Any]:
