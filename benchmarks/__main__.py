@@ -6,12 +6,14 @@ import ast
 import contextlib
 import fnmatch
 import importlib
+import itertools
 import os
 import shlex
+import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -23,7 +25,7 @@ from rich.markup import escape
 if TYPE_CHECKING:
     from .harness import Case, Options
     from .harness.nursery import Nursery
-    from .harness.runner import Measurement
+    from .harness.runner import Measurement, Runner
 
 FOLDER = Path(__file__).resolve().parent
 
@@ -215,8 +217,7 @@ class Request:
                 peer=self.peer, say=lambda text: status.update(escape(text)),
             )  # fmt: skip
             try:
-                for case in selected(name, options, self.case):
-                    found = running.run(case)
+                for found in results(running, selected(name, options, self.case)):
                     writer.write(found)
                     if not self.quick:
                         writer.measure_rates(every=RATES)
@@ -231,6 +232,17 @@ class Request:
 def selected(name: str, options: Options, glob: str) -> Iterator[Case]:
     cases: Iterator[Case] = importlib.import_module(f"benchmarks.{name}").cases(options)
     return (case for case in cases if fnmatch.fnmatch(case.name, glob))
+
+
+def results(running: Runner, cases: Iterable[Case]) -> Iterator[list[Measurement]]:
+    """The measurements of every case. What peers left each other is removed when no more cases need it."""
+    folder: Path | None = None
+    for _, together in itertools.groupby(cases, key=lambda case: (case.together or case.name, case.folder)):
+        group = list(together)
+        if folder not in (None, group[0].folder):
+            shutil.rmtree(folder, ignore_errors=True)
+        folder = group[0].folder
+        yield from running.run_together(group)
 
 
 def bad(measurement: Measurement) -> bool:

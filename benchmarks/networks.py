@@ -40,16 +40,16 @@ SLOW: dict[Variant, tuple[str, ...]] = {
     plans.ALL: ("torch.compile, freezing", "eager"),
 }
 """Left out of large networks, too: they compute step by step, or in floats what others do in 8 bits."""
+PAIR, GROUP = 2, 4
+"""Cases of a network that are prepared at a time: of large ones fewer, whose processes have 2 GiB each."""
 QUICK = (plans.BARE, plans.LORA, plans.QUANTIZED, plans.ALL)
 
 
 def cases(options: Options) -> Iterator[Case]:
-    found = networks(options)
-    for network, following in zip(found, [*found[1:], None], strict=True):
-        for variant in QUICK if options.quick else plans.VARIANTS:
-            yield network_case(network, variant, options.quick)
-        if following is None or following.name != network.name:
-            network.forget()
+    for network in networks(options):
+        for number, variant in enumerate(QUICK if options.quick else plans.VARIANTS):
+            group = number // (PAIR if network.large else GROUP)
+            yield replace(network_case(network, variant, options.quick), together=f"{network.title} {group}")
 
 
 def network_case(network: Network, variant: Variant, quick: bool = False) -> Case:
@@ -63,6 +63,7 @@ def network_case(network: Network, variant: Variant, quick: bool = False) -> Cas
         tolerance=variant.tolerance(network),
         metric=METRIC,
         work=functools.partial(work.of, network, variant),
+        folder=network.folder,
     )
 
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -15,7 +18,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 try:
     from benchmarks import networks as suite
-    from benchmarks.harness import Options, Unavailable, shelf
+    from benchmarks.__main__ import results
+    from benchmarks.harness import Case, Options, Unavailable, shelf
     from benchmarks.harness.case import relative_error
     from benchmarks.suite import networks, peers, plans, work
 finally:
@@ -202,16 +206,32 @@ def test_networks_that_differ_in_their_batch_share_all_and_others_nothing(tmp_pa
     assert len(set(found.values())) == len(found) - 1
 
 
+def test_cases_of_a_network_are_prepared_together_and_of_large_ones_fewer():
+    found = list(suite.cases(Options()))
+    groups = [[case.name for case in group] for _, group in itertools.groupby(found, key=lambda case: case.together)]
+    assert sum(map(len, groups)) == len(found) == 70
+    for names in groups:
+        assert len({name.rpartition(", ")[0] for name in names}) == 1
+        assert len(names) <= (2 if names[0].startswith(("ResNet-50", "ViT-base", "BERT", "GPT-2")) else 4)
+    assert max(map(len, groups)) == 4
+
+
 def test_what_was_left_goes_when_its_network_is_done(tmp_path):
-    seen = []
-    for case in suite.cases(Options(folder=tmp_path)):
-        name = case.name.rpartition(", ")[0].removesuffix(", batch 1").removesuffix(", batch 64")
-        if name not in seen:
-            seen.append(name)
-            assert list(tmp_path.iterdir()) == [], case.name
-            (tmp_path / name).mkdir()
-        assert [path.name for path in tmp_path.iterdir()] == [name]
-    assert len(seen) == 9 and list(tmp_path.iterdir()) == []
+    """Whatever is selected: the folder is there until the last of its cases was measured."""
+
+    class Running:
+        def run_together(self, group: list[Case]) -> Iterator[list[str]]:
+            (folder,) = {case.folder for case in group}
+            folder.mkdir(exist_ok=True, parents=True)
+            seen.extend(case.name for case in group)
+            assert list(folder.parent.iterdir()) == [folder]
+            yield [case.name for case in group]
+
+    for number, (glob, count) in enumerate({"*": 70, "*, int8": 10}.items()):
+        seen: list[str] = []
+        options = Options(folder=tmp_path / str(number))
+        told = list(results(Running(), (case for case in suite.cases(options) if fnmatch(case.name, glob))))
+        assert list(itertools.chain(*told)) == seen and len(seen) == count
 
 
 def test_of_two_that_make_the_same_one_stays(tmp_path):

@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,7 @@ try:
     from benchmarks.harness.clock import calibrate, clock_for, wall_clock
     from benchmarks.harness.nursery import Nursery
     from benchmarks.harness.runner import Measurement, Runner, round_orders
+    from benchmarks.harness.seat import Local, Seat, Task
 finally:
     sys.path.remove(str(ROOT))
 
@@ -314,6 +315,51 @@ def test_a_peer_behind_another_is_prepared_after_it() -> None:
     done.clear()  # the other is not measured
     Runner(quick=True, rounds=1, wanted=lambda name: name != "slow").run(case)
     assert done == ["free", "waits"]
+
+
+def test_cases_that_belong_together_are_prepared_before_one_is_measured_and_end_one_by_one() -> None:
+    log: list[str] = []
+
+    class Sitting(Local):
+        def prepare(self) -> None:
+            log.append(f"prepare {self.case.name}")
+            super().prepare()
+
+        def warm_up(self, target: float) -> None:
+            log.append(f"measure {self.case.name}")
+
+    @contextlib.contextmanager
+    def seats(case: Case, peers: Sequence[int], seed: int) -> Iterator[list[Seat]]:
+        task = Task.of(case, seed)
+        yield [Sitting(case, index, lambda: task) for index in peers]
+        log.append(f"end {case.name}")
+
+    def case(name: str, output: float) -> Case:
+        peer = Peer("only", lambda: lambda: torch.tensor(output))
+        return Case(name, (peer,), baseline="only", reference=lambda: torch.tensor(1.0))
+
+    running = Runner(quick=True, rounds=1, seats=seats)
+    found = [rows for rows in running.run_together([case("one", 1.0), case("two", 2.0)]) if log.append("told") is None]
+    assert [(m.case, m.status) for rows in found for m in rows] == [("one", "ok"), ("two", "wrong")]
+    assert log == ["prepare one", "prepare two", "measure one", "told", "end one", "told", "end two"]
+
+
+def test_all_seats_are_left_where_one_case_breaks() -> None:
+    left: list[str] = []
+
+    @contextlib.contextmanager
+    def seats(case: Case, peers: Sequence[int], seed: int) -> Iterator[list[Seat]]:
+        if case.name == "two":
+            raise OSError("no more processes")
+        try:
+            yield [Local(case, index, lambda: Task.of(case, seed)) for index in peers]
+        finally:
+            left.append(case.name)
+
+    cases = [Case(name, (Peer("a", lambda: print),), baseline="a", reference=print) for name in ("one", "two")]
+    with pytest.raises(OSError, match="no more"):
+        list(Runner(seats=seats).run_together(cases))
+    assert left == ["one"]
 
 
 @pytest.mark.parametrize("behind", ["itself", "nobody"])

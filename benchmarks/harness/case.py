@@ -86,7 +86,8 @@ class Case:
     """One comparison: the same inputs for all peers, drawn from a seeded generator, and the expected outputs.
 
     `tolerance` bounds `relative_error`; 0 asks for equal values. Ratios are to the peer named `baseline`. `work` says
-    what a call is for a roofline.
+    what a call is for a roofline. Cases next to each other with the same word in `together` are prepared at a time, and
+    measured one after the other. What peers leave each other lies in `folder`, and goes where a case has another.
     """
 
     name: str
@@ -98,6 +99,8 @@ class Case:
     metric: Metric = LATENCY
     device: str = "cpu"
     work: Callable[[], Work] | None = None
+    together: str = ""
+    folder: Path | None = None
 
     def __post_init__(self) -> None:
         if self.device not in ("cpu", "cuda"):

@@ -6,7 +6,7 @@ import contextlib
 import gc
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -128,6 +128,25 @@ class Runner:
 
     def run(self, case: Case) -> list[Measurement]:
         """One measurement per peer, in the case's order, whatever became of the peer."""
+        (found,) = self.run_together([case])
+        return found
+
+    def run_together(self, cases: Sequence[Case]) -> Iterator[list[Measurement]]:
+        """The measurements of each case. All are prepared first, since builders of one case wait for the slowest of
+        them; what has been measured ends before the next is."""
+        with contextlib.ExitStack() as stack:
+            seats = [stack.enter_context(contextlib.ExitStack()) for _ in cases]
+            contests = [(case, self._entries(case, own), own) for case, own in zip(cases, seats, strict=True)]
+            with ThreadPoolExecutor(max(self.builders, 1)) as pool:
+                # Compilers to machine code stand last and take longest: they begin, so that none is alone at the end.
+                jobs = [(case, chain) for case, entries, _ in contests for chain in reversed(chains(entries))]
+                list(pool.map(self._prepare, *zip(*jobs, strict=True)))
+            for case, entries, own in contests:
+                with own:
+                    yield self._summarise(case, entries, self._contest(case, entries))
+
+    def _entries(self, case: Case, stack: contextlib.ExitStack) -> list[Entry]:
+        """Those that are wanted, on seats that the stack holds."""
         chosen = [
             index for index, peer in enumerate(case.peers) if self.wanted(peer.name) or peer.name == case.baseline
         ]
@@ -135,17 +154,13 @@ class Runner:
         if case.device == "cuda" and not torch.cuda.is_available():
             for entry in entries:
                 entry.drop("unavailable", "no CUDA device")
-            return self._summarise(case, entries, NoiseMeter().read())
-        with self.seats(case, chosen, self.seed) as seats:
-            for entry, seat in zip(entries, seats, strict=True):
-                entry.seat = seat
-            return self._summarise(case, entries, self._contest(case, entries))
+            return entries
+        for entry, seat in zip(entries, stack.enter_context(self.seats(case, chosen, self.seed)), strict=True):
+            entry.seat = seat
+        return entries
 
     def _contest(self, case: Case, entries: list[Entry]) -> dict[str, Any]:
-        """Take all peers through the case; how quiet the machine was."""
-        with ThreadPoolExecutor(max(self.builders, 1)) as pool:
-            # Compilers to machine code stand last and take longest: they begin, so that no builder is alone at the end.
-            list(pool.map(partial(self._prepare, case), reversed(chains(entries))))
+        """Measure the peers that are prepared; how quiet the machine was."""
         for entry in entries:
             self.say(f"{case.name}: warming up {entry.peer.name}")
             entry.go(lambda seat: seat.warm_up(self.target))

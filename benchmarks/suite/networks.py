@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
@@ -100,11 +99,6 @@ class Network:
     @property
     def title(self) -> str:
         return ", ".join(filter(None, (self.name, self.batch)))
-
-    def forget(self) -> None:
-        """Remove what processes left each other."""
-        if self.folder:
-            shutil.rmtree(self.folder, ignore_errors=True)
 
     @functools.cached_property
     def model(self) -> nn.Module:
