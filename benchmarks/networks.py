@@ -40,6 +40,10 @@ SLOW: dict[Variant, tuple[str, ...]] = {
     plans.ALL: ("torch.compile, freezing", "eager"),
 }
 """Left out of large networks, too: they compute step by step, or in floats what others do in 8 bits."""
+UNREAD = {plans.QUANTIZED: ("torchao",)}
+"""Left out where linear layers are transformers' Conv1D: these stay in floats, 3 times slower than the others' 8 bits."""
+WHOLE = {plans.TICKET: ("ONNX Runtime",)}
+"""Left out of large networks where the baseline knows the layers: what it removes is computed."""
 PAIR, GROUP = 2, 4
 """Cases of a network that are prepared at a time: of large ones fewer, whose processes have 2 GiB each."""
 QUICK = (plans.BARE, plans.LORA, plans.QUANTIZED, plans.ALL)
@@ -69,7 +73,8 @@ def network_case(network: Network, variant: Variant, quick: bool = False) -> Cas
 
 def rivals(network: Network, variant: Variant) -> tuple[str, ...]:
     left_out = () if network.panel else PANEL.get(variant, ())
-    left_out += SLOW.get(variant, ()) if network.large else ()
+    if network.large:
+        left_out += SLOW.get(variant, ()) + (UNREAD if network.transposed else WHOLE).get(variant, ())
     return tuple(name for name in RIVALS[variant] if name not in left_out)
 
 

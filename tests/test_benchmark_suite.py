@@ -68,6 +68,16 @@ def test_all_compete_on_one_network_and_slow_ones_nowhere_else():
             assert competing == everyone or not network.panel
 
 
+def test_of_large_networks_only_those_are_left_out_that_do_not_know_their_layers_or_compute_all():
+    names = {case.name: {peer.name for peer in case.peers} for case in suite.cases(Options())}
+    for title in ("GPT-2, prefill", "GPT-2, decode"):
+        assert "torchao" not in names[f"{title}, int8"] and "quantize_static" in names[f"{title}, int8"]
+        assert {"ONNX Runtime", "Torch-Pruning, ONNX Runtime"} <= names[f"{title}, ticket"]
+    for title in ("ResNet-50", "ViT-base", "BERT-base"):
+        assert "torchao" in names[f"{title}, int8"] and "ONNX Runtime" not in names[f"{title}, ticket"]
+    assert "ONNX Runtime" in names["ViT-tiny, ticket"]
+
+
 def test_every_target_of_ours_is_measured_where_it_may_be_the_fastest():
     names = {case.name: {peer.name for peer in case.peers} for case in suite.cases(Options())}
     assert "fxfreeze, torch" in names["BERT-base, gates"] and "fxfreeze, aoti" in names["ResNet-50, int8"]

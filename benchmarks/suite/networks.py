@@ -63,6 +63,7 @@ class Network:
         large: it takes long to build, and to call.
         convolutional: its integers are those of convolutions.
         windows: these have windows of 3×3 over all channels.
+        transposed: its linear layers are transformers' Conv1D, which torchao leaves in floats and Torch-Pruning refuses.
         panel: all that compete do so here.
         single: a call is one row of everything.
         tolerance: of floats. Gates and Tversky heads compare with thresholds, and have their own.
@@ -88,6 +89,7 @@ class Network:
     large: bool = False
     convolutional: bool = False
     windows: bool = False
+    transposed: bool = False
     panel: bool = False
     single: bool = False
     tolerance: float = 1e-4
@@ -355,5 +357,5 @@ def gpt2(seed: int, decode: bool, words: int = 50257, layers: int = 12, heads: i
         f"GPT-2, {'decode' if decode else 'prefill'}", build, shapes, draw, repeated(draw, 32 if decode else 8),
         adapted=(f"{block}attn.c_attn",), gated=(f"{block}mlp.act",), fire=0.1 if decode else 0.5, head="model.lm_head",
         hidden=(Hidden((f"{block}mlp.c_fc",), "c_fc", into=("c_proj",)),), words=words, calls=32 if decode else 2,
-        large=True, single=decode, compared=COMPARED if decode else FLIPPED, rounding=DEEP if decode else 0.25,
+        large=True, transposed=True, single=decode, compared=COMPARED if decode else FLIPPED, rounding=DEEP if decode else 0.25,
     )  # fmt: skip

@@ -24,8 +24,9 @@ def of(network: Network, variant: Variant) -> Work:
     """
     left = shares(network) if variant.ticket else {}
     plain = replace(variant, gates=False)  # which wrap modules, and cost next to nothing
-    model = plans.plain(network, plain, merged=True, exact=True)
-    inputs = network.draw(torch.Generator().manual_seed(0))
+    # Shapes are all that counts.
+    model = plans.plain(network, plain, merged=True, exact=True).to("meta")
+    inputs = tuple(value.to("meta") for value in network.draw(torch.Generator().manual_seed(0)))
     # As products, since the counter does not know the fused attention of CPUs.
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
         outputs = flatten(model(*inputs))
