@@ -41,7 +41,7 @@ SLOW: dict[Variant, tuple[str, ...]] = {
 }
 """Left out of large networks, too: they compute step by step, or in floats what others do in 8 bits."""
 UNREAD = {plans.QUANTIZED: ("torchao",)}
-"""Left out where linear layers are transformers' Conv1D: these stay in floats, 3 times slower than the others' 8 bits."""
+"""Left out where linear layers are transformers' Conv1D: these stay in floats, and take 3 times as long."""
 WHOLE = {plans.TICKET: ("ONNX Runtime",)}
 """Left out of large networks where the baseline knows the layers: what it removes is computed."""
 PAIR, GROUP = 2, 4

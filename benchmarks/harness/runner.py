@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -20,6 +20,9 @@ from .clock import Clock
 from .noise import NoiseMeter
 from .seat import Dropped, Seat, local_seats
 
+T = TypeVar("T")
+LASTS = 3
+"""Rounds of a peer that can be loaded again, until it is."""
 Seats = Callable[[Case, Sequence[int], int], contextlib.AbstractContextManager[list[Seat]]]
 
 
@@ -137,10 +140,9 @@ class Runner:
         with contextlib.ExitStack() as stack:
             seats = [stack.enter_context(contextlib.ExitStack()) for _ in cases]
             contests = [(case, self._entries(case, own), own) for case, own in zip(cases, seats, strict=True)]
-            with ThreadPoolExecutor(max(self.builders, 1)) as pool:
-                # Compilers to machine code stand last and take longest: they begin, so that none is alone at the end.
-                jobs = [(case, chain) for case, entries, _ in contests for chain in reversed(chains(entries))]
-                list(pool.map(self._prepare, *zip(*jobs, strict=True)))
+            # Compilers to machine code stand last and take longest: they begin, so that none is alone at the end.
+            jobs = [(case, chain) for case, entries, _ in contests for chain in reversed(chains(entries))]
+            self._at_a_time(lambda job: self._prepare(*job), jobs)
             for case, entries, own in contests:
                 with own:
                     yield self._summarise(case, entries, self._contest(case, entries))
@@ -168,9 +170,13 @@ class Runner:
         meter = NoiseMeter([*self.kin(), *(pid for pid in pids if pid is not None)])
         self._measure(case, [entry for entry in entries if entry.status == "ok"])
         noise = meter.read()
-        for entry in entries:
-            entry.go(lambda seat: seat.finish())
+        self._at_a_time(lambda entry: entry.go(lambda seat: seat.finish()), entries)
         return noise
+
+    def _at_a_time(self, act: Callable[[T], object], items: Sequence[T]) -> None:
+        """What is not timed, by as many builders as there are."""
+        with ThreadPoolExecutor(max(self.builders, 1)) as pool:
+            list(pool.map(act, items))
 
     def _prepare(self, case: Case, chain: list[Entry]) -> None:
         for entry in chain:
@@ -183,6 +189,8 @@ class Runner:
         for number, order in enumerate(round_orders(len(live), rounds, self.seed), 1):
             self.say(f"{case.name}: round {number} of {rounds}")
             gc.collect()
+            if case.metric.looped and number > 1 and number % LASTS == 1:
+                self._at_a_time(lambda entry: entry.go(lambda seat: seat.load_again()), live)
             for entry in [live[index] for index in order]:
                 before = joules() if joules else 0.0
                 sample = entry.go(lambda seat: seat.sample())

@@ -22,8 +22,6 @@ from .rotation import rotated
 WARM_UP = 3
 LONG = 0.1
 """Seconds of a call that needs no other before it: what caches hold is read again in a few milliseconds."""
-LASTS = 3
-"""Samples of a peer that can be loaded again, until it is."""
 CHECKED = 2
 """Input sets of a looped metric that are drawn and checked; a peer that keeps its first result is found out."""
 
@@ -60,6 +58,9 @@ class Seat(Protocol):
 
     def warm_up(self, target: float) -> None:
         """Find the number of calls that take `target` seconds."""
+
+    def load_again(self) -> None:
+        """Where the peer can be."""
 
     def sample(self) -> float: ...
 
@@ -110,7 +111,6 @@ class Local:
         self.call: Callable[..., Any] | None = None
         self.error: float | None = None
         self.inner, self.spare = 1, 1
-        self.taken = 0
         self.facts: dict[str, Any] = {}
 
     pid = None
@@ -149,6 +149,12 @@ class Local:
                 self.inner = calibrate(self.clock, self._run, target)
             memory.forget_peak()
 
+    def load_again(self) -> None:
+        if isinstance(self.call, Loaded):
+            with _reported("when it was loaded again: "), torch.no_grad():
+                self.call.again()
+                self._run()  # the first call is never timed
+
     def sample(self) -> float:
         with _reported("while it was measured: "):
             if not self.case.metric.timed:
@@ -157,15 +163,8 @@ class Local:
                 return float(reading.value)
             with torch.no_grad() if self.case.metric.looped else contextlib.nullcontext():
                 if self.case.metric.looped:
-                    self._load_again()
                     loop(self._run, self.spare)()  # the peer before has filled the caches with its own weights
                 return self.clock(loop(self._run, self.inner)) / self.inner
-
-    def _load_again(self) -> None:
-        if isinstance(self.call, Loaded) and self.taken and self.taken % LASTS == 0:
-            self.call.again()
-            self._run()  # and once more before it is timed
-        self.taken += 1
 
     def finish(self) -> None:
         if self.case.metric.looped:

@@ -119,6 +119,9 @@ class Remote:
     def warm_up(self, target: float) -> None:
         self._ask("warm_up", target)
 
+    def load_again(self) -> None:
+        self._ask("load_again")
+
     def sample(self) -> float:
         return float(self._ask("sample"))
 

@@ -63,7 +63,7 @@ class Network:
         large: it takes long to build, and to call.
         convolutional: its integers are those of convolutions.
         windows: these have windows of 3×3 over all channels.
-        transposed: its linear layers are transformers' Conv1D, which torchao leaves in floats and Torch-Pruning refuses.
+        transposed: its linear layers are transformers' Conv1D: torchao leaves them in floats, Torch-Pruning fails.
         panel: all that compete do so here.
         single: a call is one row of everything.
         tolerance: of floats. Gates and Tversky heads compare with thresholds, and have their own.
@@ -156,6 +156,11 @@ def networks(options: Options) -> list[Network]:
     return [replace(network, folder=options.folder / network.name) for network in found]
 
 
+SAMPLES, FEW = 8, 4
+"""Calls of one image, or of a sentence or prompt, that ranges are measured on; of large networks fewer, since libraries
+run each many times."""
+
+
 def repeated(draw: Callable[[torch.Generator], Inputs], count: int, seed: int = 1) -> Callable[[], list[Inputs]]:
     """As many draws, always the same."""
 
@@ -212,7 +217,8 @@ def resnet(name: str, seed: int) -> Network:
     deep = name == "resnet50"
     return Network(
         name.replace("resnet", "ResNet-"), functools.partial(torchvision, name, seed), {"x": (1, *IMAGE)}, draw,
-        repeated(draw, 8), adapted=("layer*.*.conv*",), gated=("layer*.*.bn1",) + ("layer*.*.bn2",) * deep, fire=0.5,
+        repeated(draw, FEW if deep else SAMPLES), adapted=("layer*.*.conv*",),
+        gated=("layer*.*.bn1",) + ("layer*.*.bn2",) * deep, fire=0.5,
         head="fc", hidden=BOTTLENECK if deep else (BASIC,), large=deep,
         convolutional=True, windows=True, rounding=DEEP if deep else 0.25,
     )  # fmt: skip
@@ -224,7 +230,7 @@ def mobilenet(seed: int) -> Network:
     expand = tuple(f"{block}.0" for block in blocks)
     return Network(
         "MobileNetV3", functools.partial(torchvision, "mobilenet_v3_large", seed), {"x": (1, *IMAGE)}, draw,
-        repeated(draw, 8), adapted=expand, gated=blocks, fire=0.5, head="classifier.3",
+        repeated(draw, SAMPLES), adapted=expand, gated=blocks, fire=0.5, head="classifier.3",
         hidden=(Hidden(expand, "0.0", ("0.1", "1.0", "1.1"), ("2.0", "3.0")),), convolutional=True, rounding=DEEP,
     )  # fmt: skip
 
@@ -237,11 +243,12 @@ def vit(name: str, timm: str, seed: int) -> Network:
         torch.manual_seed(seed)
         return models.frozen(models.need("timm").create_model(timm, pretrained=False))
 
-    draw = images(1, *IMAGE)
+    draw, large = images(1, *IMAGE), name == "ViT-base"
     return Network(
-        name, build, {"x": (1, *IMAGE)}, draw, repeated(draw, 8), adapted=("blocks.*.attn.qkv",),
+        name, build, {"x": (1, *IMAGE)}, draw, repeated(draw, FEW if large else SAMPLES),
+        adapted=("blocks.*.attn.qkv",),
         gated=("blocks.*.mlp.act",), fire=0.5, head="head",
-        hidden=(Hidden(("blocks.*.mlp.fc1",), "fc1", into=("fc2",)),), large=name == "ViT-base",
+        hidden=(Hidden(("blocks.*.mlp.fc1",), "fc1", into=("fc2",)),), large=large,
     )  # fmt: skip
 
 
@@ -254,8 +261,8 @@ def encoder(seed: int, depth: int = 2, tokens: int = 16, width: int = 64) -> Net
 
     draw = images(1, tokens, width)
     return Network(
-        "encoder", build, {"x": ("batch", tokens, width)}, draw, repeated(draw, 8), adapted=("encoder.blocks.*.qkv",),
-        gated=("encoder.blocks.*.mlp.1",), fire=0.5, head="head",
+        "encoder", build, {"x": ("batch", tokens, width)}, draw, repeated(draw, SAMPLES),
+        adapted=("encoder.blocks.*.qkv",), gated=("encoder.blocks.*.mlp.1",), fire=0.5, head="head",
         hidden=(Hidden(("encoder.blocks.*.mlp.0",), "0", into=("2",)),), features=64,
     )  # fmt: skip
 
@@ -294,7 +301,7 @@ def bert(seed: int, words: int = 30522, **config: Any) -> Network:
 
     layer = "model.bert.encoder.layer.*."
     return Network(
-        "BERT-base", build, {"ids": (1, TOKENS)}, draw, repeated(draw, 8),
+        "BERT-base", build, {"ids": (1, TOKENS)}, draw, repeated(draw, FEW),
         adapted=(f"{layer}attention.self.query", f"{layer}attention.self.value"),
         gated=(f"{layer}intermediate.intermediate_act_fn",), fire=0.5, head="model.classifier",
         hidden=(Hidden((f"{layer}intermediate.dense",), "intermediate.dense", into=("output.dense",)),), words=words,
@@ -354,8 +361,9 @@ def gpt2(seed: int, decode: bool, words: int = 50257, layers: int = 12, heads: i
 
     block = "model.transformer.h.*."
     return Network(
-        f"GPT-2, {'decode' if decode else 'prefill'}", build, shapes, draw, repeated(draw, 32 if decode else 8),
+        f"GPT-2, {'decode' if decode else 'prefill'}", build, shapes, draw, repeated(draw, 32 if decode else FEW),
         adapted=(f"{block}attn.c_attn",), gated=(f"{block}mlp.act",), fire=0.1 if decode else 0.5, head="model.lm_head",
         hidden=(Hidden((f"{block}mlp.c_fc",), "c_fc", into=("c_proj",)),), words=words, calls=32 if decode else 2,
-        large=True, transposed=True, single=decode, compared=COMPARED if decode else FLIPPED, rounding=DEEP if decode else 0.25,
+        large=True, transposed=True, single=decode, compared=COMPARED if decode else FLIPPED,
+        rounding=DEEP if decode else 0.25,
     )  # fmt: skip
