@@ -50,7 +50,7 @@ from .locks import alone
 from .lower import Lowering
 from .packed import READERS
 from .plan import Gate, LoRA, Plan, Quantize
-from .program import Program, integer_layers, on_cpu
+from .program import Program, TensorSpec, integer_layers, on_cpu
 from .sensitivity import SiteSensitivity, ranked
 from .serialize import WEIGHTS_FILE, Interface, dense_bytes, load_program, save_program
 
@@ -140,14 +140,20 @@ class Artifact:
             shelf = banks.Shelf(list(found), folder / banks.FOLDER / "0.safetensors", _by_name(found))
             if found:
                 shelf.write()
+            # The first call compiles it, and is made here. With adapters it would go on reading this shelf.
+            stays = "torch" if plan.targets[:1] == ("torch",) and not found else None
+            ready: dict[str, Runner] = {}
             for name in plan.targets:
                 say(f"checking {name}")
-                runner = _load(name, folder, Interface.of(program), lambda: shelf)
+                loading = partial(_load, name, folder, Interface.of(program), lambda: shelf)
+                runner = _ready(loading, program.inputs) if name == stays else loading()
                 rows += parity.check_target(name, runner, program, draws.of(EMITTERS[name].computes))
                 if evaluate is not None:
                     say(f"evaluating {name}")
                     scores[name] = float(evaluate(nested(Interface.of(program), runner)))
-                del runner  # one target in memory at a time
+                if name == stays:
+                    ready[name] = runner
+                del runner  # of all others one in memory at a time
             manifest = _manifest(program, plan, list(found), facts, folder)
             manifest |= {
                 "wide_products": wide,
@@ -161,6 +167,7 @@ class Artifact:
             manifest = _plain({**manifest, **_files(folder)})
             _write_manifest(folder, manifest)
             artifact = cls(folder, _read_manifest(folder))
+            artifact._runners |= ready
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
             raise
@@ -213,8 +220,7 @@ class Artifact:
         """One target without any check: flat tensors to flat tensors, loaded at the first use."""
         name = name or self.manifest["default"]
         if name not in self._runners:
-            runner = partial(self._load, name)
-            self._runners[name] = on_huge_pages(runner) if on_cpu(self.interface.inputs) else runner()
+            self._runners[name] = _ready(partial(self._load, name), self.interface.inputs)
         return self._runners[name]
 
     def _load(self, name: str) -> Runner:
@@ -515,6 +521,11 @@ def _load(name: str, folder: Path, interface: Interface, shelf: Callable[[], ban
     if not found:
         return EMITTERS[name].load(place, interface)
     return banks.Fed(EMITTERS[name].load(place, banks.with_inputs(interface, found)), shelf)
+
+
+def _ready(load: Callable[[], Runner], inputs: Sequence[TensorSpec]) -> Runner:
+    """What `load` gives, as it is to stay."""
+    return on_huge_pages(load) if on_cpu(inputs) else load()
 
 
 def _emit(

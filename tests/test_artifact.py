@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import textwrap
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -155,6 +156,26 @@ def test_a_target_is_chosen_by_keyword(captured):
         made(torch.ones(1, 4), target="aoti")
     with pytest.raises(ArtifactError, match="no target"):
         made.target("aoti")
+
+
+@pytest.mark.parametrize(("targets", "loads"), [(["torch", "onnx"], ["torch", "onnx"]),
+                                                (["onnx", "torch"], ["onnx", "torch", "torch"])])  # fmt: skip
+def test_a_first_target_that_its_check_compiled_is_not_compiled_again(targets, loads, monkeypatch, tmp_path):
+    loaded = []
+
+    def counted(name):
+        found = EAGER[name]
+        return replace(found, load=lambda *given: (loaded.append(name), found.load(*given))[1])
+
+    monkeypatch.setattr(artifact, "EMITTERS", {name: counted(name) for name in EAGER})
+    plan = Plan(inputs=[Input("x", shape=("n", 4))], targets=targets)
+    program, flat = capture(nn.Linear(4, 2).eval(), plan)
+    made = Artifact.create(program, plan, flat)
+    for _ in range(2):
+        made(torch.ones(1, 4), target="torch")
+    assert loaded == loads
+    load(made.save(tmp_path / "out"))(torch.ones(1, 4), target="torch")
+    assert loaded == [*loads, "torch"]
 
 
 def test_the_callers_tensors_are_left_alone(made):

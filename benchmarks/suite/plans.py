@@ -293,8 +293,14 @@ def artifact(network: Network, variant: Variant, target: str, *others: str) -> A
 
     if network.folder is None or not (others or network.batch or (network.folder / variant.name).exists()):
         return frozen(network, variant, target)
-    path = shelf.shared(network.folder, variant.name, lambda path: frozen(network, variant, target, *others).save(path))
-    found = fz.load(path)
+    made = []
+
+    def make(path: Path) -> None:
+        made.append(frozen(network, variant, target, *others))
+        made[0].save(path)
+
+    path = shelf.shared(network.folder, variant.name, make)
+    found = made[0] if made else fz.load(path)
     return found if target in found.targets else frozen(network, variant, target)
 
 

@@ -106,7 +106,7 @@ def _replace(
 
 
 def _start(program: Program, operator: WeightOperator, step: Tversky, path: str) -> dict[str, Tensor]:
-    """Values before training, by leaf, in float32 or wider."""
+    """Values before training, by leaf, in float32 or wider; where a file has trained ones, only shapes count."""
     stored = apply(operator.to_canonical(), program.state[str(operator.weight.target)])
     linear = nn.Linear(operator.in_features, operator.out_features, operator.bias is not None, device="meta")
     dtype = parameter_dtype(stored.dtype)
@@ -114,7 +114,7 @@ def _start(program: Program, operator: WeightOperator, step: Tversky, path: str)
     if operator.bias is not None:
         bias = program.state[str(operator.bias.target)].detach().to(dtype)
         linear.bias = nn.Parameter(bias.expand(operator.out_features))
-    if step.start == "linear":
+    if step.start == "linear" and step.weights is None:  # which takes seconds for a vocabulary
         try:
             layer = TverskyProjection.from_linear(linear, step.features)
         except ValueError as error:

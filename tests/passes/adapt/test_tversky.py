@@ -148,6 +148,17 @@ def test_a_layer_whose_outputs_are_all_alike_cannot_be_started_from() -> None:
     adapted(fz.Tversky(at="2", start="random"), model)
 
 
+def test_nothing_is_started_from_where_a_file_has_the_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    net = adapted(fz.Tversky(at="2"))
+    net.save_adapters(tmp_path / "head.safetensors")
+    monkeypatch.setattr(
+        fz.nn.TverskyProjection, "from_linear", lambda *given: pytest.fail("the linear layer is taken apart")
+    )
+    x = torch.randn(5, 8)
+    again = adapted(fz.Tversky(at="2", weights=str(tmp_path / "head.safetensors")))
+    assert torch.equal(again(x), net(x))
+
+
 @pytest.mark.parametrize(
     ("options", "key"),
     [({"model": "ratio"}, "start"), ({"normalize": True}, "start"), ({"features": 7}, "features"),
