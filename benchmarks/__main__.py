@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 FOLDER = Path(__file__).resolve().parent
 
-RATES = 120.0
+RATES = 300.0
 """Seconds after which it is measured again what the machine can do."""
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="Measure fxfreeze.")

@@ -44,16 +44,16 @@ UNREAD = {plans.QUANTIZED: ("torchao",)}
 """Left out where linear layers are transformers' Conv1D: these stay in floats, and take 3 times as long."""
 WHOLE = {plans.TICKET: ("ONNX Runtime",)}
 """Left out of large networks where the baseline knows the layers: what it removes is computed."""
-PAIR, GROUP = 2, 4
-"""Cases of a network that are prepared at a time: of large ones fewer, whose processes have 2 GiB each."""
+SMALL, LARGE = (0, 0, 0, 0, 1, 1, 1), (0, 0, 1, 1, 2, 2, 2)
+"""Which variants of a network are prepared at a time: of large ones fewer, whose processes have 2 to 4 GiB each."""
 QUICK = (plans.BARE, plans.LORA, plans.QUANTIZED, plans.ALL)
 
 
 def cases(options: Options) -> Iterator[Case]:
     for network in networks(options):
+        groups = LARGE if network.large else SMALL
         for number, variant in enumerate(QUICK if options.quick else plans.VARIANTS):
-            group = number // (PAIR if network.large else GROUP)
-            yield replace(network_case(network, variant, options.quick), together=f"{network.title} {group}")
+            yield replace(network_case(network, variant, options.quick), together=f"{network.title} {groups[number]}")
 
 
 def network_case(network: Network, variant: Variant, quick: bool = False) -> Case:
