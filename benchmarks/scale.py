@@ -62,6 +62,7 @@ def adapters_case(adapters: int, options: Options) -> Case:
         reference=lambda words, ids: chosen.reference(words, ids, ids),
         inputs=lambda generator: batch(chosen, generator),
         metric=METRIC,
+        together="adapters",
     )  # fmt: skip
 
 
@@ -130,6 +131,7 @@ def modes_case(modes: int, options: Options) -> Case:
         inputs=functools.partial(rows, gated),
         tolerance=1e-5,
         metric=METRIC,
+        together="modes",
     )  # fmt: skip
 
 

@@ -280,6 +280,17 @@ def test_what_can_be_loaded_again_is_between_rounds_and_untimed() -> None:
     assert found.ratio["high"] == pytest.approx(3.0)
 
 
+def test_what_is_long_is_not_loaded_again() -> None:
+    clock, loads = FakeClock(), []
+
+    def load() -> Callable[[], torch.Tensor]:
+        loads.append(1)
+        return clock.peer("again", lambda n: 0.2).prepare()
+
+    found = run(clock, clock.peer("fixed", lambda n: 0.001), Peer("again", lambda: harness.Loaded(load)), rounds=9)
+    assert found["again"].samples == pytest.approx([0.2] * 9) and loads == [1]
+
+
 def test_the_one_before_goes_before_the_next_is_loaded() -> None:
     alive: list[int] = []
 

@@ -182,8 +182,8 @@ def runner(
     def source(case: Case) -> Source:
         return Source(module, options, (case.name, case.metric.name), workers.threads, seed)
 
-    return Runner(
-        rounds=rounds, quick=quick, seed=seed, say=say, builders=os.cpu_count() or 1,
+    return Runner(  # a builder more than there are cores: one or another waits for a file, or for the references
+        rounds=rounds, quick=quick, seed=seed, say=say, builders=(os.cpu_count() or 1) + 1,
         wanted=lambda name: fnmatch(name, peer), kin=lambda: workers.pids,
         seats=functools.partial(worker_seats, source=source, nursery=workers),
     )  # fmt: skip

@@ -108,7 +108,7 @@ class Network:
         if self.folder is None:
             return self.build()
         file = shelf.shared(self.folder, "model", self._write) / "model.pt"
-        model: nn.Module = torch.load(file, weights_only=False)
+        model: nn.Module = torch.load(file, weights_only=False, mmap=True)  # no copy for each process
         return model
 
     def _write(self, folder: Path) -> None:
