@@ -162,22 +162,33 @@ def test_a_first_call_that_fails_is_not_the_first() -> None:
     assert moved(weight[0], lambda: runner(torch.ones(1))) >= 2**25
 
 
-def test_an_artifact_moves_its_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("target", "made_ready"), [("onnx", 0), ("torch", 1)])
+def test_an_artifact_moves_its_weights(target: str, made_ready: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of torch by its check, after which it stays."""
     weights: list[Tensor] = []
+    ready: list[Callable[..., Any]] = []
 
     def emit(lowering: Lowering, folder: Path) -> dict[str, Any]:
-        save_program(lowering.program, folder)
+        (folder / PROGRAM).mkdir(exist_ok=True)
+        save_program(lowering.program, folder / PROGRAM)
         return {}
 
     def load(folder: Path, interface: Interface) -> Callable[..., tuple[Tensor, ...]]:
         weights.append(torch.ones(2**24))
-        return load_program(folder, shapes=False).run
+        return load_program(folder / PROGRAM, shapes=False).run
 
-    monkeypatch.setattr(artifact, "EMITTERS", {"torch": Target(PROGRAM, emit, load)})
-    plan = Plan(inputs=[Input("x", shape=(2, 4))], targets=["torch"])
+    def counted(loading: Callable[[], Any]) -> Any:
+        ready.append(loading)
+        return on_huge_pages(loading)
+
+    monkeypatch.setattr(artifact, "on_huge_pages", counted)
+    monkeypatch.setattr(artifact, "EMITTERS", {target: Target(target, emit, load)})
+    plan = Plan(inputs=[Input("x", shape=(2, 4))], targets=[target])
     made = artifact.Artifact.create(capture(torch.nn.Linear(4, 4).eval(), plan)[0], plan)
+    assert len(ready) == made_ready
     made.runner()
-    assert moved(weights[-1], lambda: made(torch.ones(2, 4))) >= 2**25
+    assert len(ready) == 1 and len(weights) == 2 - made_ready  # loaded for the check, and again where it did not stay
+    assert (moved(weights[-1], lambda: made(torch.ones(2, 4))) >= 2**25) is not bool(made_ready)
 
 
 def test_nothing_where_nobody_wants_huge_pages(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
