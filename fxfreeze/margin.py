@@ -25,9 +25,9 @@ than rounding, and other ones of those turn, which ones hangs on which turned be
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -97,19 +97,65 @@ def floor(dtype: torch.dtype) -> float:
     return 100 * eps if eps < 1e-5 else 4 * eps
 
 
-@torch.no_grad()
-def slacks(program: Program, inputs: Sequence[Tensor]) -> tuple[Slack | None, ...]:
-    """The slack of each output; None where nothing hangs on a decision within its margin.
+class Decisions:
+    """How far decisions within rounding may move what `program` gives for `inputs`, found as far as it is asked for.
 
     Args:
         program: before any pass that takes decisions for good (prototypes that are folded have theirs taken).
         inputs: flat tensors in the program's own dtypes.
-
-    Raises:
-        ProofError: the program does not run in float64.
     """
-    if not decides(program):
-        return (None,) * len(program.outputs)
+
+    def __init__(self, program: Program, inputs: Sequence[Tensor]) -> None:
+        self._program, self._inputs = program, inputs
+        self._moved: list[tuple[Tensor, ...]] = []
+
+    def slacks(self, output: int) -> Iterator[Slack | None]:
+        """The slack of one output as more and more runs give it: each holds the ones before, the last is what counts.
+
+        The first is None, as where nothing hangs on a decision within its margin, and costs nothing: who is content
+        with less need not wait for the runs.
+
+        Raises:
+            ProofError: the program does not run in float64.
+        """
+        yield None
+        if self._close is None:
+            return
+        for count, seed in enumerate((None, *range(_MIXED)), 1):
+            if len(self._moved) < 2 * count:
+                self._moved += (self._shifted(sign, seed) for sign in (1.0, -1.0))
+            yield self._close.slack(output, self._moved[: 2 * count])
+
+    @cached_property
+    def _close(self) -> _Close | None:
+        return _measured(self._program, self._inputs) if decides(self._program) else None
+
+    def _shifted(self, sign: float, seed: int | None) -> tuple[Tensor, ...]:
+        assert self._close is not None
+        with _Comparisons(_shift(self._close.margins, sign, seed), _shift_neighbours):
+            return checked_run(self._program, self._inputs, "capture")
+
+
+@dataclass(frozen=True)
+class _Close:
+    """A program of which decisions lie within their margins: float64 outputs, their own dtypes, one margin per
+    comparison, and how many results are rounded to integers."""
+
+    truth: tuple[Tensor, ...]
+    dtypes: Sequence[torch.dtype]
+    margins: Sequence[_Margin]
+    quantized: int
+
+    def slack(self, output: int, moved: Sequence[tuple[Tensor, ...]]) -> Slack | None:
+        """What `moved`, the outputs of shifted runs, span."""
+        spreads = self.quantized > 1 or any(margin.reached for margin in self.margins)
+        values = [outputs[output] for outputs in moved]
+        return _slack(self.truth[output], values, self.dtypes[output], spreads=spreads)
+
+
+@torch.no_grad()
+def _measured(program: Program, inputs: Sequence[Tensor]) -> _Close | None:
+    """None: no decision lies within its margin."""
     rounded: deque[Tensor] = deque()
     integers: deque[Tensor] = deque()
     with _Comparisons(partial(_note, rounded), integers=lambda found: _keep(integers, found)):
@@ -120,24 +166,10 @@ def slacks(program: Program, inputs: Sequence[Tensor]) -> tuple[Slack | None, ..
     with _Comparisons(partial(_measure, rounded, margins, close), integers=lambda _: integers.popleft()):
         truth = checked_run(program, inputs, "capture")
     if not any(close):
-        return (None,) * len(truth)
+        return None
     if quantized:
         truth = checked_run(program, inputs, "capture")
-    shifted = [
-        _shifted(program, inputs, margins, sign, seed) for seed in (None, *range(_MIXED)) for sign in (1.0, -1.0)
-    ]
-    spreads = quantized > 1 or any(margin.reached for margin in margins)
-    return tuple(
-        _slack(value, moved, dtype, spreads=spreads)
-        for value, moved, dtype in zip(truth, zip(*shifted, strict=True), dtypes, strict=True)
-    )
-
-
-def _shifted(
-    program: Program, inputs: Sequence[Tensor], margins: Sequence[_Margin], sign: float, seed: int | None = None
-) -> tuple[Tensor, ...]:
-    with _Comparisons(_shift(margins, sign, seed), _shift_neighbours):
-        return checked_run(program, inputs, "capture")
+    return _Close(truth, dtypes, margins, quantized)
 
 
 def decides(program: Program) -> bool:

@@ -10,10 +10,10 @@ import fxfreeze as fz
 from fxfreeze import Input, Plan, margin
 from fxfreeze.capture import capture, check_capture
 from fxfreeze.errors import CaptureError, EmitError
-from fxfreeze.margin import Slack, decides, slacks
+from fxfreeze.margin import Decisions, Slack, decides
 from fxfreeze.nn import TverskyProjection
 from fxfreeze.parity import check_model, check_target, draw
-from fxfreeze.proof import lifted_run
+from fxfreeze.proof import checked_run, lifted_run
 from fxfreeze.serialize import load_program
 
 WIDTH, FEATURES, PROTOTYPES = 3, 5, 7
@@ -46,6 +46,12 @@ def head():
 def cancelling(tiny=2.0**-26):
     """A vector whose sum is `tiny` in float64; float32 finds that or 0, as the order of its additions has it."""
     return torch.tensor([1.0, tiny, -1.0])
+
+
+def slacks(program, inputs):
+    """Of every output, as all runs give it."""
+    decisions = Decisions(program, inputs)
+    return tuple(list(decisions.slacks(output))[-1] for output in range(len(program.outputs)))
 
 
 def masks(program, *rows):
@@ -236,6 +242,13 @@ def test_what_is_decided_is_still_compared():
         check_target("mutant", wrong, program, draws)
 
 
+def test_a_target_with_no_more_than_rounding_waits_for_no_runs(monkeypatch):
+    program, flat = captured(head())
+    monkeypatch.setattr(margin, "checked_run", lambda *args: pytest.fail("decisions were looked at"))
+    rows = check_target("itself", program.run, program, draw(program, flat))
+    assert all(row.ok and row.undecided == 0 for row in rows)
+
+
 @pytest.mark.parametrize("wrong", [torch.nan, torch.inf, 5.0, -5.0])
 def test_what_is_undecided_is_not_anything(wrong):
     module = head()
@@ -255,7 +268,7 @@ def test_where_all_is_undecided_a_wrong_target_is_rejected():
     program, flat = captured(nn.Sequential(head(), nn.Softmax(-1)))
     example = cancelling().expand(4, WIDTH).clone()
     draws = draw(program, flat, examples=[example])
-    assert all(item.slacks[0].share > 0.5 for item in draws)
+    assert all(list(item.decisions.slacks(0))[-1].share > 0.5 for item in draws)
     rows = check_target("itself", program.run, program, draws)
     assert all(row.undecided > 0.5 for row in rows)
     with pytest.raises(EmitError, match="does not agree"):
@@ -305,15 +318,20 @@ class Gates(nn.Module):
         return x
 
 
-def spans(depth, closest):
-    """Of rows of which the second has a value of the first layer that far above its gate: slack by row, float64."""
+def near_a_gate(depth, closest):
+    """Gates, and rows of which the second has a value of the first layer that far above its gate."""
     model, width = Gates(depth), 32
     x = torch.randn(3, width)
     first = model.layers[0]
     with torch.no_grad():
         short = 0.1 + closest - (first.weight[5].double() @ x[1].double() + first.bias[5])
         x[1] += (short * first.weight[5] / first.weight[5].square().sum()).float()
-    program, _ = captured(model, width)
+    return captured(model, width)[0], x
+
+
+def spans(depth, closest):
+    """Slack by row, float64, of the rows near a gate."""
+    program, x = near_a_gate(depth, closest)
     (slack,) = slacks(program, [x])
     return slack
 
@@ -323,6 +341,24 @@ def test_a_gate_that_turns_others_lets_any_element_of_its_row_move():
     slack = spans(3, 1e-9)
     assert slack.low[1].unique().numel() == slack.high[1].unique().numel() == 1
     assert slack.high[1].min() > 0 and not slack.high[[0, 2]].any() and not slack.low[[0, 2]].any()
+
+
+def test_slacks_widen_with_the_runs_that_were_asked_for(monkeypatch):
+    runs = []
+    monkeypatch.setattr(margin, "checked_run", lambda *args: runs.append(args) or checked_run(*args))
+    program, x = near_a_gate(3, 1e-9)
+    decisions = Decisions(program, [x])
+    found = decisions.slacks(0)
+    assert next(found) is None and not runs  # whoever is content with that has waited for nothing
+    narrow = next(found)
+    assert narrow is not None and len(runs) == 3  # the margins are measured in one, decisions shifted in two
+    wide = list(found)
+    assert len(runs) == 9
+    for slack in wide:
+        assert (slack.low <= narrow.low).all() and (slack.high >= narrow.high).all()
+        narrow = slack
+    assert [slack.share for slack in list(decisions.slacks(0))[2:]] == [slack.share for slack in wide]
+    assert len(runs) == 9  # of another output, or target, they are there
 
 
 def test_a_gate_with_none_behind_it_moves_what_hangs_on_it():
