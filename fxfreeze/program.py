@@ -151,7 +151,7 @@ class Program:
     folds: dict[str, Fold] = field(default_factory=dict)
     taps: tuple[str, ...] = ()
     left: dict[str, str] = field(default_factory=dict)
-    _kept: dict[tuple[Recipe, torch.dtype], torch.Tensor] | None = field(
+    _kept: dict[tuple[Recipe | torch.Tensor, torch.dtype], torch.Tensor] | None = field(
         default=None, init=False, repr=False, compare=False
     )
     _told: tuple[object, str] | None = field(default=None, init=False, repr=False, compare=False)
@@ -194,7 +194,7 @@ class Program:
         """The tensor behind a ``get_attr`` node in the dtype that it is stored in: the `load` of :meth:`execute`."""
         name, dtype = str(node.target), node.meta["val"].dtype
         held = self.state.held(name)
-        if self._kept is None or not isinstance(held, Recipe):
+        if self._kept is None or (self.state.dtype(name) == dtype and not isinstance(held, Recipe)):
             return self.state[name].to(dtype)
         # By the recipe, which is another one as soon as something is folded into the constant.
         if (held, dtype) not in self._kept:
@@ -202,17 +202,25 @@ class Program:
         return self._kept[held, dtype]
 
     @contextmanager
-    def computed_once(self) -> Iterator[None]:
+    def computed_once(self, *others: Program) -> Iterator[None]:
         """While it lasts, :meth:`stored` keeps what it computes: as much as the folded constants will take in the end.
 
-        For many runs: a fold is computed in float64, which takes longer than many a layer.
+        For many runs: a fold is computed in float64, and a table that stays in it rounded, which takes longer than many
+        a layer.
+
+        Args:
+            others: programs that have constants in common with this one, and keep them with it.
         """
-        before = self._kept
-        self._kept = {} if before is None else before
+        programs = (self, *others)
+        before = [program._kept for program in programs]
+        kept = {} if self._kept is None else self._kept
+        for program in programs:
+            program._kept = kept
         try:
             yield
         finally:
-            self._kept = before
+            for program, old in zip(programs, before, strict=True):
+                program._kept = old
 
     def module_path(self, node: Node) -> str:
         """Path of the module whose forward made `node`, as the user knows it; "" for the model itself."""

@@ -115,7 +115,7 @@ class OutputTallies:
 def measure_outputs(ctx: Context, now: Program, then: Program, what: str) -> None:
     """Run both programs on the calibration data, in their own dtypes, and report what changed."""
     found = OutputTallies(then.outputs)
-    with now.computed_once(), then.computed_once():
+    with now.computed_once(then):
         for inputs in ctx.calibration.of(now):
             found.add(inputs, now.run(*inputs), then.run(*inputs))
     found.report(ctx, what)

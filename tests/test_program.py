@@ -264,6 +264,23 @@ def test_a_fold_is_computed_once_until_something_else_is_folded_in(program: Prog
     assert program.stored(weight) is not program.stored(weight)
 
 
+def test_a_table_in_float64_is_rounded_once_and_programs_keep_together(program: Program) -> None:
+    weight = node(program, aten.linear.default).args[1]
+    assert isinstance(weight, torch.fx.Node)
+    name = str(weight.target)
+    program.state[name] = program.state[name].double()
+    other = program.clone()
+    twin = next(item for item in other.graph.nodes if item.name == weight.name)
+    with program.computed_once(other):
+        first = program.stored(weight)
+        assert first.dtype == torch.float32 and program.stored(weight) is first and other.stored(twin) is first
+        with other.computed_once():
+            assert other.stored(twin) is first
+        other.state[name] = other.state[name] + 1
+        assert torch.equal(other.stored(twin), (program.state[name] + 1).float())
+    assert other.stored(twin) is not other.stored(twin) and program.stored(weight) is not first
+
+
 def test_rebind_changes_one_reader_only(program: Program) -> None:
     relu, weight = node(program, aten.relu.default), node(program, aten.linear.default).args[1]
     assert isinstance(weight, torch.fx.Node)

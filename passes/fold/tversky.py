@@ -19,7 +19,7 @@ from fxfreeze.kernels.tversky_frozen import suits_cpu
 from fxfreeze.program import Origin, Program
 from fxfreeze.rewrite import Context, NodeRewrite, NoMatch, Outcome, fail
 
-from .._heads import integer_step
+from .._heads import HOW, integer_step, read_measures
 from .._operators import arguments
 from ._tversky import FrozenTerms, Prototypes, is_single, single_product, table_names
 
@@ -119,15 +119,7 @@ def _once(features: int, prototypes: int) -> Form:
         return {"measures": frozen.measures.T.contiguous(), "totals": frozen.total_b}
 
     def build(program: Program, node: Node, how: Combination, constants: dict[str, Node]) -> Node:
-        given = arguments(node)
-        kinds = {key: given[key] for key in ("model", "intersection", "difference", "semantics", "threshold")}
-
-        def function(x: Tensor, bank: Tensor, *rest: Tensor) -> Tensor:
-            return FROZEN.op(project(x, bank, given["normalize"]), *rest, **kinds, dtype=x.dtype)
-
-        weights = (given[name] for name in ("theta", "alpha", "beta"))
-        return inline(program, function, given["x"], given["features"], *constants.values(), *weights, before=node,
-                      like=node)  # fmt: skip
+        return read_measures(program, node, constants["measures"], constants["totals"])
 
     shapes = {"measures": (features, prototypes), "totals": (prototypes,)}
     return Form(f"{FROZEN.op}, which reads measures {[features, prototypes]}", shapes, tables, build)
@@ -191,7 +183,7 @@ def _mib(count: int) -> str:
 
 def _combination(node: Node) -> Combination:
     given = arguments(node)
-    return combination(*(given[key] for key in ("model", "intersection", "difference", "semantics", "threshold")))
+    return combination(*(given[key] for key in HOW))
 
 
 def _report(program: Program, ctx: Context, node: Node, outcome: Outcome, *, executes: str, detail: str) -> None:

@@ -15,6 +15,7 @@ from fxfreeze.plan import Gate
 from fxfreeze.program import Origin, Program
 from fxfreeze.rewrite import Context, Pass
 
+from .._heads import measured_heads
 from .._measured import OutputTallies, Tally
 from .._operators import arguments
 
@@ -40,10 +41,11 @@ class Harden(Pass):
         if not gates:
             return 0
         before = program.clone()
-        twins = [node for node in before.graph.nodes if node.name in {gate.name for gate in gates}]
         for gate in gates:
             _harden(gate)
-        _Measurement(before, program, twins, gates).report(ctx)
+        before, after = measured_heads(before, program)
+        twins = [node for node in before.graph.nodes if node.name in {gate.name for gate in gates}]
+        _Measurement(before, after, twins, gates).report(ctx)
         return len(gates)
 
 
@@ -69,7 +71,7 @@ class _Measurement:
     def report(self, ctx: Context) -> None:
         self.sites = [Tally() for _ in self.gates]
         outputs = OutputTallies(self.soft.outputs)
-        with torch.no_grad():
+        with torch.no_grad(), self.soft.computed_once(self.hard):
             for inputs in ctx.calibration.of(self.hard):
                 before, after = self._watched(inputs), self.hard.run(*inputs)
                 outputs.add(inputs, after, before)

@@ -12,6 +12,7 @@ from fxfreeze.program import FROZEN, Origin, Program
 from fxfreeze.rewrite import Context, Pass
 
 from .._adapters import MASK, MASKED, describe, masked
+from .._heads import measured_heads
 from .._measured import constant_value, measure_outputs, pruned_words
 
 aten = torch.ops.aten
@@ -94,4 +95,5 @@ def _measure(program: Program, ctx: Context, groups: list[tuple[Prune, list[Node
     whole, names = program.clone(), {node.name for _, nodes in groups for node in nodes}
     for node in [node for node in whole.graph.nodes if node.name in names]:
         whole.replace(node, node.args[1])  # type: ignore[arg-type]
-    measure_outputs(ctx, program, whole, "masks")
+    now, then = measured_heads(program, whole)
+    measure_outputs(ctx, now, then, "masks")

@@ -129,7 +129,7 @@ class _Search:
         own = next(item for item in node.all_input_nodes if item.name == weight.name)
         thin.rebind(own, self._product(rank).to(program.state[str(weight.target)].dtype), user=node)
         tallies = OutputTallies(program.outputs)
-        with thin.computed_once(), program.computed_once():
+        with thin.computed_once(program):
             for inputs in self.ctx.calibration.of(program):
                 tallies.add(inputs, thin.run(*inputs), program.run(*inputs))
         counts = [(tally.hits, tally.count) for tally in tallies.tallies.values() if tally.count]

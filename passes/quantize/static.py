@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar
 
@@ -52,6 +52,14 @@ class QuantizeStatic(Pass):
         if not sites:
             return 0
         before = program.clone()
+        with program.computed_once(before):
+            layers = self._quantize(program, ctx, sites)
+            if layers:
+                measure_outputs(ctx, program, before, "static int8")
+        return len(layers)
+
+    def _quantize(self, program: Program, ctx: Context, sites: Sequence[Site]) -> list[Layer]:
+        """Those of the sites that come to run on integers."""
         wanted, shared = _values(sites)
         seen = observe(program, ctx, {node: step.calibrate for node, step in wanted.items()})
 
@@ -73,9 +81,7 @@ class QuantizeStatic(Pass):
         for layer in layers:
             self._report(program, ctx, layer, seen, noise[layer.site.operator.node])
         _rewrite(program, layers, {node: scale(node, step) for node, step in values.items()}, everywhere)
-        if layers:
-            measure_outputs(ctx, program, before, "static int8")
-        return len(layers)
+        return layers
 
     def _report(self, program: Program, ctx: Context, layer: Layer, seen: Seen, noise: Tally) -> None:
         site, observer = layer.site, seen.observers[layer.site.operator.input]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar
@@ -54,6 +54,14 @@ class QuantizeTversky(Pass):
         if not heads:
             return 0
         before = program.clone()
+        with program.computed_once(before):
+            chosen = self._quantize(program, ctx, heads)
+            if chosen:
+                measure_outputs(ctx, program, before, "Tversky heads on integers")
+        return len(chosen)
+
+    def _quantize(self, program: Program, ctx: Context, heads: Sequence[Head]) -> Collection[Head]:
+        """Those of the heads that come to run on integers."""
         seen = observe(program, ctx, {_read(head.node, "a"): head.step.calibrate for head in heads})
         tried = dict(zip(heads, _tried(program, ctx, heads, seen), strict=True))
         grids = {head: min(found, key=lambda grid: found[grid].gap) for head, found in tried.items()}
@@ -64,9 +72,7 @@ class QuantizeTversky(Pass):
             grid = grids[head]
             _report(program, ctx, head, grid, tried[head][grid], seen)
             _rewrite(program, head, grid)
-        if chosen:
-            measure_outputs(ctx, program, before, "Tversky heads on integers")
-        return len(chosen)
+        return chosen
 
 
 class QuantizeTverskyWithin(QuantizeTversky):
