@@ -91,8 +91,8 @@ class _Source:
 
 
 class Bounds:
-    """:func:`intervals` on demand, of a program that is rewritten meanwhile: only what a rewrite changed, and what lies
-    behind that, is computed again, and nothing behind the node that was asked for."""
+    """:func:`intervals` on demand, of a program that is rewritten meanwhile: what the node that was asked for hangs on
+    is computed, and again only where a rewrite changed it, or what it hangs on."""
 
     def __init__(self, program: Program, *, rounding: bool = False) -> None:
         self.program, self.rounding = program, rounding
@@ -105,15 +105,16 @@ class Bounds:
 
     @torch.no_grad()
     def found(self, last: Node | None = None) -> dict[Node, Any]:
-        """What is known of every node up to `last`: an interval, several, or None."""
+        """What is known of `last`, or of every node, and of what it hangs on: an interval, several, or None."""
         program, fresh = self.program, set[Node]()
         rows = {str(size.node.expr) for node in program.placeholders if node.meta["val"].ndim
                 if isinstance(size := node.meta["val"].shape[0], torch.SymInt)}  # fmt: skip
         found: dict[Node, Any] = {}
         for node, spec in zip(program.placeholders, program.inputs, strict=True):
             found[node] = _declared(spec, _sizes(node, rows))
+        wanted = set(program.graph.nodes) if last is None else _cone(last)
         for node in program.graph.nodes:
-            if node.op == "call_function":
+            if node.op == "call_function" and node in wanted:
                 source, known = _Source.of(program, node), self._known.get(node)
                 if known is None or not source.same(known[0]) or not fresh.isdisjoint(node.all_input_nodes):
                     self._known[node] = source, self._made(node, found, rows)
@@ -126,9 +127,33 @@ class Bounds:
     def _made(self, node: Node, found: dict[Node, Any], rows: set[str]) -> Any:
         # A model's weights need not all be there in float64 at once.
         operands = {item: _constant(self.program, item) if item.op == "get_attr" else found.get(item)
-                    for item in node.all_input_nodes}  # fmt: skip
+                    for item in _read(node)}  # fmt: skip
+        if node.target in NORMS:
+            operands[node.args[0]] = _anything(node.args[0], rows)  # type: ignore[index, arg-type]
         made = _result(node, operands, rows)
         return _with_rounding(node, made) if self.rounding and isinstance(made, Interval) else made
+
+
+def _cone(last: Node) -> set[Node]:
+    """The node, and all that its bounds hang on."""
+    cone, stack = set[Node](), [last]
+    while stack:
+        node = stack.pop()
+        if node not in cone:
+            cone.add(node)
+            stack.extend(_read(node))
+    return cone
+
+
+def _read(node: Node) -> list[Node]:
+    """The operands that the node's bounds hang on."""
+    return [item for item in node.all_input_nodes if node.target not in NORMS or item is not node.args[0]]
+
+
+def _anything(node: Node, rows: set[str]) -> Interval | None:
+    """No bounds, in the shape of the node's value."""
+    shape = _sizes(node, rows) if isinstance(node.meta.get("val"), Tensor) else None
+    return None if shape is None or 0 in shape else _filled(shape, -math.inf, math.inf)
 
 
 def _with_rounding(node: Node, made: Interval) -> Interval:
@@ -727,9 +752,10 @@ RULES: dict[Any, Rule] = {
 }  # fmt: skip
 
 
+NORMS = frozenset({aten.layer_norm.default, aten.rms_norm.default})
+"""Operators whose result has the same bounds whatever their first operand is."""
 SUMMING = frozenset(AVERAGE_POOLS) | frozenset(ADAPTIVE_POOLS) | {
-    aten.sum.dim_IntList, aten.mean.dim, aten.mean.default, aten.layer_norm.default,
-    aten.rms_norm.default,
+    aten.sum.dim_IntList, aten.mean.dim, aten.mean.default, *NORMS,
 }  # fmt: skip
 """Operators without a weight that add many terms: their rounding may be that of the largest, not of the result."""
 

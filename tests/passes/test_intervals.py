@@ -488,3 +488,21 @@ def test_what_has_no_bounds_costs_no_product() -> None:
     assert len(calls) == 2 and bool(found.low.isinf().all() and found.high.isinf().all())
     bad = module.weighted(product, Interval(*ends), torch.tensor([[math.inf], [1.0], [1.0]], dtype=torch.float64))
     assert bool(bad.low.isinf().all() and bad.high.isinf().all())
+
+
+@pytest.mark.parametrize("norm", [nn.LayerNorm(4), nn.RMSNorm(4)], ids=["layer norm", "RMS norm"])
+def test_what_is_in_front_of_a_norm_is_not_computed(monkeypatch: pytest.MonkeyPatch, norm: nn.Module) -> None:
+    torch.manual_seed(0)
+    nn.init.normal_(norm.weight)  # type: ignore[arg-type]
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), norm, nn.Linear(4, 4), nn.Linear(4, 4))
+    program = program_of(model, image("batch", 4, low=-1.0, high=1.0))
+    looked: list[Node] = []
+    original = module._result
+    monkeypatch.setattr(module, "_result", lambda node, *rest: looked.append(node) or original(node, *rest))
+    calls = [node for node in program.graph.nodes if node.op == "call_function"]
+    whole = intervals(program)
+    looked.clear()
+    found = Bounds(program).of(calls[3])
+    assert looked == calls[2:4]
+    assert found is not None and bool(found.high.isfinite().all())
+    assert torch.equal(found.low, whole[calls[3]].low) and torch.equal(found.high, whole[calls[3]].high)
