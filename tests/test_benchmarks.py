@@ -462,10 +462,22 @@ def test_the_same_seed_gives_the_same_inputs() -> None:
 def test_work_of_others_and_stolen_time_are_told_apart_from_our_own() -> None:
     start = noise.Snapshot(when=0.0, busy=100.0, steal=1.0, total=1000.0, own=50.0)
     end = noise.Snapshot(when=10.0, busy=116.0, steal=2.0, total=1020.0, own=58.0)
-    steal, others = noise.compare(start, end)
+    steal, others = noise.compare([(start, end)])
     assert (steal, others) == (0.05, 0.8)
     assert len(noise.reasons(1e9, steal, others)) == 3
     assert noise.reasons(0.0, 0.0, 0.0) == noise.reasons(None, None, None) == []
+
+
+def test_what_happens_between_rounds_is_no_noise(monkeypatch: pytest.MonkeyPatch) -> None:
+    times = [(0, 0.0), (10, 0.1), (20, 5.0), (30, 5.1)]  # most is stolen between the two rounds
+    made = iter([noise.Snapshot(when=now, busy=now, steal=steal, total=2.0 * now, own=now) for now, steal in times])
+    monkeypatch.setattr(noise, "snapshot", lambda workers: next(made))
+    meter = noise.NoiseMeter()
+    for _ in range(2):
+        with meter.listening():
+            pass
+    found = meter.read()
+    assert (found["steal"], found["others"], found["noisy"]) == (0.005, 0.0, [])
 
 
 def test_work_of_a_living_child_is_our_own() -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import resource
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,19 +56,25 @@ def _seconds(pid: int) -> float:
 
 
 class NoiseMeter:
-    """Started before the first round, read after the last."""
+    """Listens while rounds are measured; between them memory is filled, for which a hypervisor may take its time."""
 
     def __init__(self, workers: Sequence[int] = ()) -> None:
         self.workers = workers
         self.load = load_average()
-        self.start = snapshot(workers)
+        self._spans: list[tuple[Snapshot, Snapshot]] = []
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """For one round."""
+        start = snapshot(self.workers)
+        yield
+        end = snapshot(self.workers)
+        if start is not None and end is not None:
+            self._spans.append((start, end))
 
     def read(self) -> dict[str, Any]:
         """Load before and after, steal (share), others (processors), `noisy`: reasons for doubt."""
-        end = snapshot(self.workers)
-        steal = others = None
-        if self.start is not None and end is not None:
-            steal, others = compare(self.start, end)
+        steal, others = compare(self._spans) if self._spans else (None, None)
         # What was prepared just now is in the load average, too: it counts where nothing else is known.
         noisy = reasons(self.load if others is None else None, steal, others)
         return {
@@ -79,11 +86,14 @@ class NoiseMeter:
         }
 
 
-def compare(start: Snapshot, end: Snapshot) -> tuple[float, float]:
-    """(share of processor time stolen, processors busy with other processes) between two snapshots."""
-    elapsed = max(end.when - start.when, 1e-9)
-    steal = (end.steal - start.steal) / max(end.total - start.total, 1e-9)
-    others = ((end.busy - start.busy) - (end.own - start.own)) / elapsed
+def compare(spans: Sequence[tuple[Snapshot, Snapshot]]) -> tuple[float, float]:
+    """(share of processor time stolen, processors busy with other processes) between the snapshots of each pair."""
+
+    def passed(name: str) -> float:
+        return sum(getattr(end, name) - getattr(start, name) for start, end in spans)
+
+    steal = passed("steal") / max(passed("total"), 1e-9)
+    others = (passed("busy") - passed("own")) / max(passed("when"), 1e-9)
     return round(max(steal, 0.0), 4), round(max(others, 0.0), 3)
 
 

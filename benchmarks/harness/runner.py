@@ -168,7 +168,7 @@ class Runner:
             entry.go(lambda seat: seat.warm_up(self.target))
         pids = [entry.seat.pid for entry in entries if entry.seat is not None and entry.status == "ok"]
         meter = NoiseMeter([*self.kin(), *(pid for pid in pids if pid is not None)])
-        self._measure(case, [entry for entry in entries if entry.status == "ok"])
+        self._measure(case, [entry for entry in entries if entry.status == "ok"], meter)
         noise = meter.read()
         self._at_a_time(lambda entry: entry.go(lambda seat: seat.finish()), entries)
         return noise
@@ -183,7 +183,7 @@ class Runner:
             self.say(f"{case.name}: preparing {entry.peer.name}")
             entry.go(lambda seat: seat.prepare())
 
-    def _measure(self, case: Case, live: list[Entry]) -> None:
+    def _measure(self, case: Case, live: list[Entry], meter: NoiseMeter) -> None:
         rounds = self.rounds or (case.metric.quick_rounds if self.quick else case.metric.rounds)
         joules = energy.meter(case.device) if case.metric.looped else None
         for number, order in enumerate(round_orders(len(live), rounds, self.seed), 1):
@@ -191,14 +191,19 @@ class Runner:
             gc.collect()
             if case.metric.looped and number > 1 and number % LASTS == 1:
                 self._at_a_time(lambda entry: entry.go(lambda seat: seat.load_again()), live)
-            for entry in [live[index] for index in order]:
-                before = joules() if joules else 0.0
-                sample = entry.go(lambda seat: seat.sample())
-                if sample is None:
-                    continue
-                entry.samples.append(sample)
-                if joules and entry.seat:
-                    entry.joules.append((joules() - before) / (entry.seat.inner + entry.seat.spare))
+            with meter.listening():
+                self._round([live[index] for index in order], joules)
+
+    def _round(self, entries: Sequence[Entry], joules: Callable[[], float] | None) -> None:
+        """One sample of each."""
+        for entry in entries:
+            before = joules() if joules else 0.0
+            sample = entry.go(lambda seat: seat.sample())
+            if sample is None:
+                continue
+            entry.samples.append(sample)
+            if joules and entry.seat:
+                entry.joules.append((joules() - before) / (entry.seat.inner + entry.seat.spare))
 
     def _summarise(self, case: Case, entries: list[Entry], noise: dict[str, Any]) -> list[Measurement]:
         base = next(entry.samples for entry in entries if entry.peer.name == case.baseline)
