@@ -213,7 +213,7 @@ class Program:
         """
         programs = (self, *others)
         before = [program._kept for program in programs]
-        kept = {} if self._kept is None else self._kept
+        kept = next((known for known in before if known is not None), {})
         for program in programs:
             program._kept = kept
         try:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from fxfreeze.inline import inline
-from fxfreeze.kernels._tversky import project
+from fxfreeze.kernels._tversky import Combination, combination, project
 from fxfreeze.kernels.tversky import KERNEL
 from fxfreeze.kernels.tversky_frozen import KERNEL as FROZEN
 from fxfreeze.plan import Quantize, Step
@@ -21,8 +21,7 @@ from fxfreeze.program import Program
 from ._adapters import addresses
 from ._operators import arguments
 
-HOW = ("model", "intersection", "difference", "semantics", "threshold")
-"""The arguments that say which of the Tversky similarities it is."""
+_HOW = ("model", "intersection", "difference", "semantics", "threshold")
 
 
 def is_static(step: Quantize) -> bool:
@@ -37,6 +36,12 @@ def integer_step(program: Program, head: Node, steps: Iterable[Step]) -> Quantiz
     return named[-1] if named and is_static(named[-1]) else None
 
 
+def combination_of(head: Node) -> Combination:
+    """Which of the Tversky similarities a node computes, whatever form it has."""
+    given = arguments(head)
+    return combination(*(given[key] for key in _HOW))
+
+
 def read_measures(program: Program, head: Node, measures: Node, totals: Node) -> Node:
     """Operators in front of `head`, ``fxfreeze::tversky``, that give the same; the node of the result.
 
@@ -45,7 +50,7 @@ def read_measures(program: Program, head: Node, measures: Node, totals: Node) ->
         totals: sums over those that are present [P].
     """
     given = arguments(head)
-    kinds = {key: given[key] for key in HOW}
+    kinds = {key: given[key] for key in _HOW}
 
     def function(x: Tensor, bank: Tensor, *rest: Tensor) -> Tensor:
         return FROZEN.op(project(x, bank, given["normalize"]), *rest, **kinds, dtype=x.dtype)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -109,6 +109,16 @@ class OutputTallies:
                 site="", step="", requested=f"{what}, seen in {name!r}", outcome="measured",
                 detail=f"{tally.words}{stay}; {self.basis(ctx)}",
             )  # fmt: skip
+
+
+def measured_rewrite(ctx: Context, program: Program, what: str, rewrite: Callable[[], Collection[object]]) -> int:
+    """Call `rewrite`, report what that changed, and return how much it rewrote; constants are computed once for all."""
+    before = program.clone()
+    with program.computed_once(before):
+        rewritten = rewrite()
+        if rewritten:
+            measure_outputs(ctx, program, before, what)
+    return len(rewritten)
 
 
 @torch.no_grad()

@@ -12,14 +12,14 @@ from torch.fx import Node
 from torch.nn.functional import linear
 
 from fxfreeze.inline import inline
-from fxfreeze.kernels._tversky import Combination, cast, combination, project, similarity, working_dtype
+from fxfreeze.kernels._tversky import Combination, cast, project, similarity, working_dtype
 from fxfreeze.kernels.tversky import KERNEL
 from fxfreeze.kernels.tversky_frozen import KERNEL as FROZEN
 from fxfreeze.kernels.tversky_frozen import suits_cpu
 from fxfreeze.program import Origin, Program
 from fxfreeze.rewrite import Context, NodeRewrite, NoMatch, Outcome, fail
 
-from .._heads import HOW, integer_step, read_measures
+from .._heads import combination_of, integer_step, read_measures
 from .._operators import arguments
 from ._tversky import FrozenTerms, Prototypes, is_single, single_product, table_names
 
@@ -58,7 +58,7 @@ class FoldTversky(NodeRewrite):
         computed = [name for name in names if given[name].op != "get_attr"]
         if computed:
             return fail(f"{' and '.join(computed)} computed in the graph, not constant", node)
-        how, dtype = _combination(node), working_dtype(given["x"].meta["val"])
+        how, dtype = combination_of(node), working_dtype(given["x"].meta["val"])
         form = choose(program, node, how, ctx.plan.targets)
         if integer_step(program, node, ctx.plan.steps):
             form = _once(*_sizes(node))
@@ -181,13 +181,8 @@ def _mib(count: int) -> str:
     return f"{count / 2**20:.1f} MiB"
 
 
-def _combination(node: Node) -> Combination:
-    given = arguments(node)
-    return combination(*(given[key] for key in HOW))
-
-
 def _report(program: Program, ctx: Context, node: Node, outcome: Outcome, *, executes: str, detail: str) -> None:
-    how, origin = _combination(node), node.meta.get("fxfreeze")
+    how, origin = combination_of(node), node.meta.get("fxfreeze")
     step, site = (origin.step, origin.site) if isinstance(origin, Origin) else ("", program.module_path(node))
     ctx.ledger.add(
         site=site, step=step, requested=f"Tversky {how.model}, {how.intersection}, {how.difference}, {how.semantics}",

@@ -15,7 +15,7 @@ from fxfreeze.rewrite import Context, Pass
 
 from .._adapters import describe
 from .._heads import is_static
-from .._measured import Tally, measure_outputs
+from .._measured import Tally, measured_rewrite
 from .._operators import arguments, aten
 from ._activations import Scale, add_scale, quantized, scale_of
 from ._calibrate import Seen, layer_run, observe
@@ -51,12 +51,7 @@ class QuantizeStatic(Pass):
         sites = quantized_sites(program, ctx, is_static, _problem)
         if not sites:
             return 0
-        before = program.clone()
-        with program.computed_once(before):
-            layers = self._quantize(program, ctx, sites)
-            if layers:
-                measure_outputs(ctx, program, before, "static int8")
-        return len(layers)
+        return measured_rewrite(ctx, program, "static int8", lambda: self._quantize(program, ctx, sites))
 
     def _quantize(self, program: Program, ctx: Context, sites: Sequence[Site]) -> list[Layer]:
         """Those of the sites that come to run on integers."""

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from fxfreeze.inline import inline
-from fxfreeze.kernels._tversky import Combination, combination
+from fxfreeze.kernels._tversky import Combination
 from fxfreeze.kernels.quantize import KERNEL as QUANTIZE
 from fxfreeze.kernels.tversky_frozen import KERNEL as FROZEN
 from fxfreeze.kernels.tversky_integer import KERNEL as INTEGER
@@ -22,7 +22,8 @@ from fxfreeze.program import INTEGERS, IntegerSite, Program
 from fxfreeze.rewrite import Context, Pass
 
 from .._adapters import describe
-from .._measured import Tally, measure_outputs
+from .._heads import combination_of
+from .._measured import Tally, measured_rewrite
 from .._operators import arguments
 from ._calibrate import Seen, observe, watched_run
 from ._sensitivity import kept
@@ -53,12 +54,7 @@ class QuantizeTversky(Pass):
                               lambda head: _problem(program, head, ctx.plan.targets))  # fmt: skip
         if not heads:
             return 0
-        before = program.clone()
-        with program.computed_once(before):
-            chosen = self._quantize(program, ctx, heads)
-            if chosen:
-                measure_outputs(ctx, program, before, "Tversky heads on integers")
-        return len(chosen)
+        return measured_rewrite(ctx, program, "Tversky heads on integers", lambda: self._quantize(program, ctx, heads))
 
     def _quantize(self, program: Program, ctx: Context, heads: Sequence[Head]) -> Collection[Head]:
         """Those of the heads that come to run on integers."""
@@ -109,7 +105,7 @@ def codes(measures: Tensor, step: Tensor, zero: Tensor, threshold: float) -> Ten
 def _problem(program: Program, head: Head, targets: Sequence[str]) -> str | None:
     if head.node.target is not FROZEN.op:
         return "its bank and prototypes were not folded into constant measures"
-    how, measures = _combination(head.node), _read(head.node, "measures").meta["val"]
+    how, measures = combination_of(head.node), _read(head.node, "measures").meta["val"]
     if measures.device.type != "cpu" and (reason := _gpu_problem(how, measures, targets)):
         return reason
     if how.threshold < 0:
@@ -134,11 +130,6 @@ def _read(head: Node, name: str) -> Node:
     found = arguments(head)[name]
     assert isinstance(found, Node)
     return found
-
-
-def _combination(head: Node) -> Combination:
-    given = arguments(head)
-    return combination(*(given[key] for key in (*_KINDS, "threshold")))
 
 
 def _grids(program: Program, head: Head, seen: Seen) -> list[Grid]:
