@@ -280,6 +280,23 @@ def test_what_can_be_loaded_again_is_between_rounds_and_untimed() -> None:
     assert found.ratio["high"] == pytest.approx(3.0)
 
 
+def test_the_noise_meter_listens_in_every_round_and_to_no_load(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, times = FakeClock(), list[float]()
+
+    def load() -> Callable[[], torch.Tensor]:
+        clock.now += 100.0
+        return clock.peer("again", lambda n: 0.001).prepare()
+
+    def snapshot(workers: Any = ()) -> noise.Snapshot:
+        times.append(clock.now)
+        return noise.Snapshot(when=clock.now, busy=0.0, steal=0.0, total=clock.now, own=0.0)
+
+    monkeypatch.setattr(noise, "snapshot", snapshot)
+    run(clock, clock.peer("fixed", lambda n: 0.001), Peer("again", lambda: harness.Loaded(load)), rounds=9)
+    spans = [end - start for start, end in zip(times[::2], times[1::2], strict=True)]
+    assert len(spans) == 9 and all(0 < span < 100 for span in spans) and times[-1] - times[0] > 200
+
+
 def test_what_is_long_is_not_loaded_again() -> None:
     clock, loads = FakeClock(), []
 

@@ -90,6 +90,21 @@ def test_every_layer_becomes_integers_and_the_outputs_hardly_move(net: nn.Module
     assert scales(done)[torch.ops.aten.relu.default][1] == 0 < scales(done)[torch.ops.aten.conv2d.default][1]
 
 
+@pytest.mark.parametrize("step, what", [
+    (fz.Quantize(), "static int8"),
+    (fz.Quantize(mode="dynamic", at="head"), "dynamic int8"),
+    (fz.Quantize(scheme="int8-weight", at="head"), "integer weights"),
+], ids=lambda item: item if isinstance(item, str) else "")  # fmt: skip
+def test_what_integers_change_in_the_outputs_is_measured(net: nn.Module, step: fz.Quantize, what: str) -> None:
+    done, data = compiled(net, step), torch.cat(batches())
+    (found,) = [row.detail for row in done.ledger if row.requested == f"{what}, seen in 'output'"]
+    now, then = torch.cat([done.program.run(x)[0] for x in batches()]), net(data).detach()
+    ratio = float((now.double() - then.double()).norm() / then.double().norm())
+    same = float((now.argmax(1) == then.argmax(1)).float().mean())
+    assert found.startswith(f"relative gap {ratio:.2g} (") and f"; {same:.2%} of predictions stay" in found
+    assert found.endswith(f"on {len(data)} rows of calibration data")
+
+
 def test_weights_are_symmetric_per_output_feature(net: nn.Module) -> None:
     done = compiled(net, fz.Quantize(reduce_range=False))
     whole, scale = stored(done, "stem.weight.int"), stored(done, "stem.weight.scale")
