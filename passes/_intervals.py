@@ -129,7 +129,7 @@ class Bounds:
         operands = {item: _constant(self.program, item) if item.op == "get_attr" else found.get(item)
                     for item in _read(node)}  # fmt: skip
         if node.target in NORMS:
-            operands[node.args[0]] = _anything(node.args[0], rows)  # type: ignore[index, arg-type]
+            operands[node.args[0]] = _fitting(node.args[0], None, rows)  # type: ignore[index, arg-type]
         made = _result(node, operands, rows)
         return _with_rounding(node, made) if self.rounding and isinstance(made, Interval) else made
 
@@ -148,12 +148,6 @@ def _cone(last: Node) -> set[Node]:
 def _read(node: Node) -> list[Node]:
     """The operands that the node's bounds hang on."""
     return [item for item in node.all_input_nodes if node.target not in NORMS or item is not node.args[0]]
-
-
-def _anything(node: Node, rows: set[str]) -> Interval | None:
-    """No bounds, in the shape of the node's value."""
-    shape = _sizes(node, rows) if isinstance(node.meta.get("val"), Tensor) else None
-    return None if shape is None or 0 in shape else _filled(shape, -math.inf, math.inf)
 
 
 def _with_rounding(node: Node, made: Interval) -> Interval:

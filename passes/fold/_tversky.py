@@ -1,4 +1,4 @@
-"""What a Tversky similarity needs of frozen prototypes, computed once in float64."""
+"""Tables of frozen prototypes that a Tversky similarity reads, and what it is made of with them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from fxfreeze.kernels._tversky import Combination, Terms, pairwise, project, root
+from fxfreeze.kernels._tversky import Combination, Terms, pairwise, root
+
+from .._heads import Prototypes
 
 _NEEDS = {
     "common_a": {"has_b"},
@@ -20,38 +22,6 @@ _NEEDS = {
     "softmin": {"b", "has_b"},
 }
 """Term → tables of the prototypes it is made from."""
-
-
-class Prototypes:
-    """Frozen prototypes Π [P, d] of a bank Ω [K, d] as float64 measures b = Π·Ωᵀ [P, K], and tables made of these."""
-
-    def __init__(self, how: Combination, features: Tensor, prototypes: Tensor, *, normalize: bool) -> None:
-        self.how, self.measures = how, project(prototypes, features, normalize)
-
-    @cached_property
-    def has_b(self) -> Tensor:
-        return (self.measures > self.how.threshold).to(self.measures.dtype)
-
-    @cached_property
-    def b(self) -> Tensor:
-        return self.measures * self.has_b
-
-    @cached_property
-    def total_b(self) -> Tensor:
-        return self.b.sum(-1)
-
-    @cached_property
-    def root_b(self) -> Tensor:
-        return root(self.b)
-
-    def undecided(self, dtype: torch.dtype) -> int:
-        """How many have a feature that `dtype` may find on the other side of the threshold."""
-        margin = ROUNDINGS * torch.finfo(dtype).eps * self.measures.abs().amax(-1, keepdim=True)
-        return int(((self.measures - self.how.threshold).abs() <= margin).any(-1).sum())
-
-
-ROUNDINGS = 4
-"""A measure is taken to be off by this many eps of its prototype's largest one."""
 
 
 def table_names(how: Combination) -> list[str]:

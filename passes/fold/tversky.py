@@ -19,9 +19,9 @@ from fxfreeze.kernels.tversky_frozen import suits_cpu
 from fxfreeze.program import Origin, Program
 from fxfreeze.rewrite import Context, NodeRewrite, NoMatch, Outcome, fail
 
-from .._heads import combination_of, integer_step, read_measures
+from .._heads import Prototypes, combination_of, integer_step, read_measures
 from .._operators import arguments
-from ._tversky import FrozenTerms, Prototypes, is_single, single_product, table_names
+from ._tversky import FrozenTerms, is_single, single_product, table_names
 
 GROWTH = 4
 """The tables may take this many times the bytes of the bank and the prototypes they are made from, and 16 MiB more."""

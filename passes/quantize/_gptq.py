@@ -75,10 +75,9 @@ def hessians(program: Program, ctx: Context, inputs: Iterable[Node]) -> Iterator
             if node in found:
                 found[node].add(value)
 
-        with program.computed_once():
-            for given in ctx.calibration.of(program):
-                watched_run(program, given, look)
-                rows += len(given[0]) if given[0].dim() else 1
+        for given in ctx.calibration.of(program):
+            watched_run(program, given, look)
+            rows += len(given[0]) if given[0].dim() else 1
         for node, hessian in found.items():
             if not bool(hessian.total.isfinite().all()):
                 raise PassError(

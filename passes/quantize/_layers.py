@@ -78,9 +78,8 @@ def corrected(program: Program, ctx: Context, layers: Iterable[Layer], batches: 
         counts[node] += gap.numel() // gap.shape[-1]
         return result
 
-    with program.computed_once():
-        for inputs in islice(ctx.calibration.of(program), batches if known else 0):
-            layer_run(program, inputs, known, look)
+    for inputs in islice(ctx.calibration.of(program), batches if known else 0):
+        layer_run(program, inputs, known, look)
     return [_shifted(layer, sums[node] / counts[node]) if counts.get(node := layer.site.operator.node) else layer
             for layer in layers]  # fmt: skip
 

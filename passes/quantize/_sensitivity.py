@@ -83,14 +83,13 @@ def choose(
             )  # fmt: skip
         of_step = {site: options for site, options in levels.items() if site.step == step}
         others = {site: level for site, level in chosen.items() if site not in of_step}
-        with program.computed_once():
-            trials = _Trials(program, ctx, beside, others)
-            effects = {(site, level.scheme): trials.effect(site, level)
-                       for site, options in of_step.items() for level in options}  # fmt: skip
-            if step.budget is not None:
-                for site in of_step:
-                    del chosen[site]
-                chosen |= _within(ctx, trials, step, of_step, effects)
+        trials = _Trials(program, ctx, beside, others)
+        effects = {(site, level.scheme): trials.effect(site, level)
+                   for site, options in of_step.items() for level in options}  # fmt: skip
+        if step.budget is not None:
+            for site in of_step:
+                del chosen[site]
+            chosen |= _within(ctx, trials, step, of_step, effects)
         _record(ctx, of_step, effects, chosen)
     return chosen
 

@@ -16,7 +16,7 @@ from fxfreeze.plan import Quantize
 from fxfreeze.program import Program
 from fxfreeze.rewrite import Context, Pass
 
-from .._measured import measure_outputs
+from .._measured import measured_rewrite
 from ._activations import HIGH, LOW
 from ._sensitivity import Level, choose, layer_seconds, measures
 from ._sites import Site, has_budget, quantized_sites
@@ -37,13 +37,15 @@ class QuantizeDynamic(Pass):
         sites = quantized_sites(program, ctx, self._wants, _problem)
         if not sites:
             return 0
-        before, inputs = program.clone(), dict[Node, Node]()
+        return measured_rewrite(ctx, program, "dynamic int8", lambda: self._quantize(program, ctx, sites))
+
+    def _quantize(self, program: Program, ctx: Context, sites: list[Site]) -> list[Site]:
+        """Those of the sites that come to run on integers."""
+        inputs: dict[Node, Node] = {}
         chosen = sites if not measures(ctx, sites) else list(choose(program, ctx, _levels(program, ctx, sites)))
         for site in chosen:
             _rewrite(program, ctx, site, inputs)
-        if chosen:
-            measure_outputs(ctx, program, before, "dynamic int8")
-        return len(chosen)
+        return chosen
 
     def _wants(self, step: Quantize) -> bool:
         return step.scheme == "int8" and step.mode == "dynamic" and has_budget(step) == self.within_budget

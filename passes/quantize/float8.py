@@ -21,7 +21,7 @@ from fxfreeze.program import INTEGERS, IntegerSite, Program
 from fxfreeze.rewrite import Context, Pass
 
 from .._adapters import describe
-from .._measured import Tally, measure_outputs
+from .._measured import Tally, measured_rewrite
 from ._calibrate import Seen, layer_run, observe
 from ._sensitivity import kept
 from ._sites import Site, has_budget, quantized_sites
@@ -79,7 +79,11 @@ class QuantizeFloat8(Pass):
         _check_named(refused, sites)
         if not sites:
             return 0
-        before, seen = program.clone(), _observed(program, ctx, sites)
+        return measured_rewrite(ctx, program, "float8", lambda: self._quantize(program, ctx, sites))
+
+    def _quantize(self, program: Program, ctx: Context, sites: Sequence[Site]) -> list[Layer]:
+        """Those of the sites that come to run on float8."""
+        seen = _observed(program, ctx, sites)
         layers = [Layer.of(program, site, seen) for site in sites]
         chosen = kept(program, ctx, {layer.site: layer.result for layer in layers})
         layers = [layer for layer in layers if layer.site in chosen]
@@ -89,9 +93,7 @@ class QuantizeFloat8(Pass):
             _report(ctx, layer, noise[layer.site.operator.node], seen)
             _rewrite(program, layer, inputs)
         program.sweep()
-        if layers:
-            measure_outputs(ctx, program, before, "float8")
-        return len(layers)
+        return layers
 
     def _wants(self, step: Quantize) -> bool:
         return step.scheme == "fp8" and has_budget(step) == self.within_budget

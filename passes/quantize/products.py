@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
@@ -18,7 +18,7 @@ from fxfreeze.program import INTEGERS, IntegerSite, Program
 from fxfreeze.rewrite import Context, Pass
 
 from .._adapters import addresses, describe
-from .._measured import Tally, constant_cone, measure_outputs
+from .._measured import Tally, constant_cone, measured_rewrite
 from .._operators import arguments, aten
 from ._activations import Scale, add_scale, quantized, scale_of
 from ._calibrate import layer_run, observe
@@ -45,7 +45,13 @@ class QuantizeProducts(Pass):
         own = [step for step in steps if has_budget(step) == self.within_budget]
         if not own:
             return 0
-        before, whole = program.clone(), list[_Whole]()
+        return measured_rewrite(ctx, program, "int8 products", lambda: self._quantize(program, ctx, steps, own))
+
+    def _quantize(
+        self, program: Program, ctx: Context, steps: list[Quantize], own: list[Quantize]
+    ) -> Collection[Product]:
+        """The products of the steps `own` that come to run on integers; `steps`: all that ask for products."""
+        whole: list[_Whole] = []
         for node in [node for node in program.graph.nodes if node.target is ATTENTION]:
             if (step := _step(program, steps, node)) in own:
                 whole += self._write_out(program, ctx, step, node)
@@ -68,9 +74,7 @@ class QuantizeProducts(Pass):
             )  # fmt: skip
         _rewrite(program, chosen, scales)
         _restore(program, whole, chosen)
-        if chosen:
-            measure_outputs(ctx, program, before, "int8 products")
-        return len(chosen)
+        return chosen
 
     def _skip(self, ctx: Context, steps: Iterable[Quantize]) -> None:
         for step in steps:

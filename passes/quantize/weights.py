@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import ClassVar
 
 from torch.fx import Node
@@ -11,7 +11,7 @@ from fxfreeze.plan import Quantize
 from fxfreeze.program import Program
 from fxfreeze.rewrite import Context, Pass
 
-from .._measured import measure_outputs
+from .._measured import measured_rewrite
 from ._gptq import Hessian, compensated, hessians, is_compensated
 from ._sensitivity import Level, choose, measures
 from ._sites import Site, has_budget, quantized_sites
@@ -40,7 +40,10 @@ class QuantizeWeights(Pass):
         sites = quantized_sites(program, ctx, self._wants, _problem)
         if not sites:
             return 0
-        before = program.clone()
+        return measured_rewrite(ctx, program, "integer weights", lambda: self._quantize(program, ctx, sites))
+
+    def _quantize(self, program: Program, ctx: Context, sites: Sequence[Site]) -> Collection[Site]:
+        """Those of the sites whose weights come to be integers."""
         reasons = {site.operator.node: _why_nearest(program, site) for site in sites}
         found = _compensated(program, ctx, [site for site in sites if reasons[site.operator.node] is None])
         bits = _chosen(program, ctx, sites, found)
@@ -50,9 +53,7 @@ class QuantizeWeights(Pass):
                 put_integers(program, ctx, site, found[node][0], bits[site], found[node][1])
             else:
                 quantize_weight(program, ctx, site, bits[site], why=reasons[node] or "")
-        if bits:
-            measure_outputs(ctx, program, before, "integer weights")
-        return len(bits)
+        return bits
 
     def _wants(self, step: Quantize) -> bool:
         return step.scheme in _BITS and has_budget(step) == self.within_budget
